@@ -1,0 +1,28 @@
+# make quickstart and make test each do all of their own set-up in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: quickstart test test-gpu lint clean
+
+quickstart: $(READY)
+	$(BIN)/python tools/quickstart.py
+
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not gpu" --durations=10
+
+test-gpu: $(READY)
+	$(BIN)/python -m pytest tests -m gpu
+
+lint: $(READY)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV)

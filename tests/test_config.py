@@ -1,0 +1,70 @@
+import pytest
+
+from tidar_mega import config as config_module
+from tidar_mega.config import ConfigError, load
+
+BAD = {
+    "train.bloc=3": "train.block",
+    "train.block=3": "data.seq_length",
+    "train=3": "section",
+    "train.steps=abc": "train.steps",
+    "train.steps=0": "above 0",
+    "model.num_attention_heads=5": "model.hidden_size",
+    "model.num_query_groups=3": "model.num_attention_heads",
+    "model.kv_channels=63": "even",
+    "parallel.tensor=3": "parallel.tensor",
+    "parallel.sequence=true": "parallel.tensor",
+    "parallel.overlap_param_gather=true": "overlap_grad_reduce",
+    "parallel.data=3": "train.global_batch_size",
+    "train.draft_fraction=0": "train.draft_fraction",
+    "optimizer.schedule=linear": "cosine",
+    "optimizer.warmup_steps=1000": "train.steps",
+    "optimizer.min_lr=1": "optimizer.lr",
+    "precision.dtype=fp8": "bf16",
+    "model.attention=fast": "tiles",
+    "no_such=1": "allowed here",
+    "oops": "key=value",
+}
+
+
+@pytest.mark.parametrize("override", BAD, ids=BAD.keys())
+def test_a_bad_setting_is_refused_and_the_way_out_is_named(override):
+    with pytest.raises(ConfigError) as error:
+        load(None, [override])
+    assert BAD[override] in str(error.value)
+    assert override.split("=")[0] in str(error.value)
+
+
+def test_files_and_overrides_merge_and_come_back_from_a_tree(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("train:\n  steps: 7\nmodel:\n  kv_channels: 32\noptimizer:\n  warmup_steps: 2\n")
+    config = load(path, ["train.seed=5", "parallel.data=2"])
+    assert (config.train.steps, config.model.kv_channels, config.train.seed, config.parallel.data) == (7, 32, 5, 2)
+    assert config_module.from_tree(config_module.to_tree(config)) == config
+    (tmp_path / "again.yaml").write_text(config_module.to_yaml(config))
+    assert load(tmp_path / "again.yaml") == config
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="does not exist"):
+        load(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [1")
+    with pytest.raises(ConfigError, match=r"bad\.yaml is not valid YAML"):
+        load(tmp_path / "bad.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(ConfigError, match="mapping"):
+        load(tmp_path / "list.yaml")
+
+
+def test_a_config_is_frozen():
+    with pytest.raises(AttributeError):
+        load(None).train.steps = 3
+
+
+def test_every_shipped_config_loads():
+    from pathlib import Path
+
+    paths = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+    assert paths
+    for path in paths:
+        load(path)

@@ -1,0 +1,56 @@
+"""What megatron-core's distributed optimizer lacks to save and load torch's AdamW.
+
+Without Transformer Engine and apex megatron-core falls back to torch's AdamW, whose state its distributed optimizer
+cannot load: it expects state before the first step, has no place for AdamW's step tensor, and after a load gives
+every parameter one shared step tensor, which AdamW then advances once per parameter (a silent drift). Nothing here
+does anything when a fused Adam is in use.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer, distrib_optimizer
+
+
+def allocate_state(optimizer: MegatronOptimizer) -> None:
+    """Gives every parameter its (zero) moments and its own step, as after zero steps."""
+    for part in _torch_adam_parts(optimizer):
+        for group in part.optimizer.param_groups:
+            for param in group["params"]:
+                part.optimizer.state[param] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(param),
+                    "exp_avg_sq": torch.zeros_like(param),
+                }
+
+
+def load_state(optimizer: MegatronOptimizer, state: dict) -> None:
+    """`optimizer.load_state_dict`, after which every parameter has a step of its own."""
+    _mend_loading()
+    optimizer.load_state_dict(state)
+    for part in _torch_adam_parts(optimizer):
+        for param_state in part.optimizer.state.values():
+            param_state["step"] = torch.as_tensor(param_state["step"], dtype=torch.float32).clone()
+
+
+def _torch_adam_parts(optimizer: MegatronOptimizer) -> list:
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [p for p in parts if isinstance(p.optimizer, torch.optim.AdamW)]
+
+
+@functools.cache
+def _mend_loading() -> None:
+    if distrib_optimizer.HAVE_APEX_OR_TE:
+        return
+
+    @torch.no_grad()
+    def set_main_param_and_optimizer_states(self, model_param, tensors):
+        group, place = self.model_param_group_index_map[model_param]
+        main_param = self.optimizer.param_groups[group]["params"][place]
+        for name, target in {"param": main_param, **self.optimizer.state[main_param]}.items():
+            if name != "step":  # restored by load_state_dict from the parameter groups
+                target.copy_(tensors[name])
+
+    distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states = set_main_param_and_optimizer_states

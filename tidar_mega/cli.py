@@ -1,0 +1,216 @@
+"""`tidar <verb>`: the one room that sees all others. Heavy imports happen inside the verbs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from tidar_mega import config as config_module
+from tidar_mega.config import Config, UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if argv is None else argv
+    args = _parser(arguments).parse_args(arguments)
+    try:
+        return args.verb(args) or 0
+    except UserError as error:
+        rank = f"[rank {os.environ['RANK']}] " if os.environ.get("RANK", "0") != "0" else ""
+        print(f"{rank}error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser(arguments: list[str]) -> argparse.ArgumentParser:
+    """All verbs are listed, but only the chosen one says its arguments: that may import a whole room."""
+    parser = argparse.ArgumentParser(prog="tidar", description="Pretrain and decode TiDAR language models.")
+    _add_choices(parser, _VERBS, arguments, "VERB")
+    return parser
+
+
+def _add_choices(parser: argparse.ArgumentParser, choices: dict, arguments: list[str], name: str) -> None:
+    group = parser.add_subparsers(required=True, metavar=name)
+    for choice, (add_arguments, description) in choices.items():
+        chosen = group.add_parser(choice, help=description, description=description)
+        if arguments[:1] == [choice]:
+            add_arguments(chosen, arguments[1:])
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, help="a run folder, or one of its checkpoints/step_* folders")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as decode.temperature=1")
+
+
+def _write_json(path: Path | None, figures: dict) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+# doctor
+
+
+def _add_doctor(parser, _) -> None:
+    parser.set_defaults(verb=_doctor)
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="also check every shard of a prepared folder")
+    _add_json(parser)
+
+
+def _doctor(args) -> int:
+    from tidar_mega import doctor
+
+    findings = doctor.examine(args.data)
+    doctor.show(findings)
+    _write_json(args.json, {f.name: f.status for f in findings})
+    return 1 if any(f.status == doctor.MISSING for f in findings) else 0
+
+
+# prepare
+
+
+def _add_prepare(parser, _) -> None:
+    from tidar_mega.data import prepare
+
+    parser.set_defaults(verb=_prepare)
+    prepare.add_arguments(parser)
+    _add_json(parser)
+
+
+def _prepare(args) -> None:
+    from tidar_mega.data import prepare
+
+    _write_json(args.json, prepare.run(args))
+
+
+# pretrain
+
+
+def _add_pretrain(parser, _) -> None:
+    parser.set_defaults(verb=_pretrain)
+    parser.add_argument("config", type=Path, help="a YAML file, such as configs/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as train.steps=100")
+    parser.add_argument("--print-config", action="store_true", help="print every setting and stop")
+
+
+def _pretrain(args) -> int:
+    from tidar_mega import launch
+
+    config = config_module.load(args.config, args.overrides)
+    if args.print_config:
+        print(config_module.to_yaml(config), end="")
+        return 0
+    if launch.is_worker():
+        return _pretrain_worker(config)
+    import torch
+
+    from tidar_mega.data.stream import open_stream
+
+    for split in ("train", "validation"):  # bad data is one error here, before any process starts
+        open_stream(config.data.path, split, config.data.seq_length, config.train.seed)
+    gpus = torch.cuda.device_count()
+    arguments = ["pretrain", str(args.config), *args.overrides]
+    return launch.run_local(arguments, launch.local_processes(config, gpus), gpus)
+
+
+def _pretrain_worker(config: Config) -> int:
+    from tidar_mega.train.health import StopRequest
+
+    stop = StopRequest()
+    import torch.distributed as dist
+
+    from tidar_mega import device
+    from tidar_mega.parallel.mesh import build_mesh
+    from tidar_mega.train.loop import train
+
+    device.start_process_group(config, int(os.environ.get("LOCAL_RANK", "0")))
+    train(config, build_mesh(config), stop)
+    dist.destroy_process_group()
+    return 0
+
+
+# generate
+
+
+def _add_generate(parser, _) -> None:
+    parser.set_defaults(verb=_generate)
+    _add_checkpoint(parser)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", help="the text to continue")
+    source.add_argument("--prompt-file", type=Path, help="a file that holds the text to continue")
+    parser.add_argument("--show-commits", action="store_true", help="mark what each forward committed")
+    _add_json(parser)
+
+
+def _generate(args) -> None:
+    from tidar_mega.decode import generate
+
+    prompt = args.prompt if args.prompt is not None else _read_text(args.prompt_file)
+    _write_json(args.json, generate.run(args.checkpoint, args.overrides, prompt, args.show_commits))
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompt-file {path}: cannot be read as UTF-8 text ({error})") from None
+
+
+# bench
+
+
+def _add_bench(parser, arguments: list[str]) -> None:
+    _add_choices(parser, _BENCHES, arguments, "WHAT")
+
+
+def _add_bench_attention(parser, _) -> None:
+    from tidar_mega.bench import attention
+
+    _add_measurement(parser, attention)
+
+
+def _add_bench_train(parser, _) -> None:
+    from tidar_mega.bench import train
+
+    _add_measurement(parser, train)
+
+
+def _add_bench_decode(parser, _) -> None:
+    from tidar_mega.bench import decode
+
+    _add_checkpoint(parser)
+    _add_measurement(parser, decode)
+
+
+def _add_measurement(parser, module) -> None:
+    parser.set_defaults(verb=_bench, measure=module.run)
+    module.add_arguments(parser)
+    _add_json(parser)
+
+
+def _bench(args) -> None:
+    _write_json(args.json, args.measure(args))
+
+
+_VERBS = {
+    "doctor": (_add_doctor, "Say what is installed, what is absent, what that costs and how to fix it."),
+    "prepare": (_add_prepare, "Make a tokenizer and webdataset shards from text."),
+    "pretrain": (_add_pretrain, "Train, or go on from the newest checkpoint of the run folder."),
+    "generate": (_add_generate, "Continue a prompt, streamed as tokens are committed."),
+    "bench": (_add_bench, "Measure speed as a ratio against a baseline in the same run."),
+}
+_BENCHES = {
+    "attention": (_add_bench_attention, "Attention backends against the dense mask and plain causal attention."),
+    "train": (_add_bench_train, "A training step against a plain-PyTorch model with the dense mask."),
+    "decode": (_add_bench_decode, "Fused decoding against plain AR decoding in the same engine."),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

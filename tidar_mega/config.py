@@ -1,0 +1,347 @@
+"""Every setting of a run as a dataclass, read from YAML files and `a.b=c` overrides through OmegaConf.
+
+`load` refuses unknown keys, wrong types and impossible combinations before anything starts. An error names the key,
+the value found, what is allowed and what to do. Imports nothing of ours and no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+class UserError(ValueError):
+    """Bad input: the message names what was found, what is allowed and what to do. The CLI shows it without a trace."""
+
+
+class ConfigError(UserError):
+    """A setting that cannot work; the message names the key, the value, the limit and the way out."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of the backbone; names are megatron-core's. The vocabulary comes from the tokenizer of `data.path`."""
+
+    num_layers: int = 4
+    hidden_size: int = 256
+    ffn_hidden_size: int = 704
+    num_attention_heads: int = 4
+    num_query_groups: int = 4  # key/value heads
+    kv_channels: int | None = None  # width of one head; hidden_size / num_attention_heads when null
+    qk_layernorm: bool = False
+    add_qkv_bias: bool = False
+    tie_embeddings: bool = False  # share the embedding with the output head
+    rotary_base: float = 10000.0
+    norm_epsilon: float = 1e-6
+    init_std: float = 0.02
+    vocab_multiple: int = 64  # the vocabulary is padded to a multiple of this, for tensor parallel splits
+    attention: str = "auto"  # auto | dense | tiles | flex
+
+    @property
+    def head_width(self) -> int:
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    path: str = "data/quickstart"  # a folder made by `tidar prepare`
+    seq_length: int = 256  # clean tokens of one sequence (S); a TiDAR forward has 2 S rows
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 1000
+    global_batch_size: int = 16  # sequences of one optimizer step, over all processes
+    micro_batch_size: int = 8  # sequences of one forward on one process
+    seed: int = 1234
+    block: int = 4  # draft length (B)
+    alpha: float = 1.0  # loss = (alpha * CE_AR + CE_draft) / (1 + alpha)
+    draft_fraction: float = 1.0  # share of the blocks of a sequence that are drafted in a step
+    random_offset: bool = False  # shift the block starts of each sequence by a random 0..block-1
+    loss_chunk: int = 2048  # rows of which logits exist at once
+    nan_limit: int = 3  # a step with a non-finite loss or gradient is skipped; this many in a row end the run
+    eval_interval: int = 200  # steps between validations; 0 = only at the end
+    eval_sequences: int = 64  # held-out sequences of a periodic validation; the final one uses all
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    lr: float = 1e-3
+    min_lr: float = 1e-4
+    schedule: str = "cosine"  # cosine | wsd (warm-up, stable, decay) | constant
+    warmup_steps: int = 50
+    decay_steps: int = 100  # length of the final decay of `wsd`
+    weight_decay: float = 0.1  # not applied to biases and norms
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    clip_grad: float = 1.0
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    tensor: int = 1
+    sequence: bool = False  # sequence parallel: norms and residuals are split over the tensor group
+    data: int | None = None  # processes / tensor when null; without a launcher, this many processes are started
+    distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    timeout_minutes: float = 10.0  # of every collective
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    dtype: str = "bf16"  # bf16 | fp32; optimizer state and gradients are fp32 in both
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    interval: int = 200  # steps between saves; the last step is always saved
+    keep_last: int = 2
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    interval: int = 10  # steps between log lines, TensorBoard points and lines of metrics.jsonl
+    tensorboard: bool = True
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """Defaults of `tidar generate` and `tidar bench decode`."""
+
+    mode: str = "fused"  # fused | ar
+    block: int | None = None  # draft length at decode time; train.block when null
+    dtype: str = "fp32"  # fp32 | bf16; only fp32 keeps near-ties, and so exactness, out of the kernels' hands
+    max_tokens: int = 128
+    temperature: float = 0.0  # 0 = greedy
+    top_k: int = 0  # 0 = all
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Config:
+    run_dir: str = "runs/default"  # checkpoints, tensorboard/, metrics.jsonl and config.yaml of this run
+    method: str = "tidar"  # a file of tidar_mega/methods
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+
+
+def load(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Reads the YAML file at `path` (all defaults when None), applies the overrides and checks the result.
+
+    Raises ConfigError.
+    """
+    tree = OmegaConf.create({})
+    if path is not None:
+        tree = _read_yaml(Path(path))
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"override {override!r} is not of the form key=value, for example train.steps=100")
+    tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
+    return from_tree(tree)
+
+
+def from_tree(tree: DictConfig | dict) -> Config:
+    """A checked Config from a (possibly partial) tree of settings, as stored in a checkpoint. Raises ConfigError."""
+    tree = OmegaConf.create(tree) if isinstance(tree, dict) else tree
+    _refuse_unknown(tree, Config, "")
+    schema = OmegaConf.structured(Config)
+    _set_writable(schema)
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(schema, tree))
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "config"
+        raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from None
+    check(config)
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def to_tree(config: Config) -> dict:
+    """Plain nested dicts, the form that a checkpoint stores."""
+    return dataclasses.asdict(config)
+
+
+def check(config: Config) -> None:
+    """Refuses impossible values and combinations. Raises ConfigError."""
+    m, t, o, p = config.model, config.train, config.optimizer, config.parallel
+    for key, value in {
+        "model.num_layers": m.num_layers,
+        "model.hidden_size": m.hidden_size,
+        "model.ffn_hidden_size": m.ffn_hidden_size,
+        "model.num_attention_heads": m.num_attention_heads,
+        "model.num_query_groups": m.num_query_groups,
+        "model.vocab_multiple": m.vocab_multiple,
+        "data.seq_length": config.data.seq_length,
+        "train.steps": t.steps,
+        "train.global_batch_size": t.global_batch_size,
+        "train.micro_batch_size": t.micro_batch_size,
+        "train.block": t.block,
+        "train.loss_chunk": t.loss_chunk,
+        "train.nan_limit": t.nan_limit,
+        "train.eval_sequences": t.eval_sequences,
+        "optimizer.lr": o.lr,
+        "parallel.tensor": p.tensor,
+        "parallel.timeout_minutes": p.timeout_minutes,
+        "checkpoint.interval": config.checkpoint.interval,
+        "checkpoint.keep_last": config.checkpoint.keep_last,
+        "log.interval": config.log.interval,
+        "decode.max_tokens": config.decode.max_tokens,
+    }.items():
+        _require(value > 0, key, value, "a number above 0")
+    for key, value in {
+        "train.alpha": t.alpha,
+        "train.eval_interval": t.eval_interval,
+        "optimizer.min_lr": o.min_lr,
+        "optimizer.warmup_steps": o.warmup_steps,
+        "optimizer.weight_decay": o.weight_decay,
+        "optimizer.clip_grad": o.clip_grad,
+        "decode.temperature": config.decode.temperature,
+        "decode.top_k": config.decode.top_k,
+    }.items():
+        _require(value >= 0, key, value, "0 or more")
+    _choice("model.attention", m.attention, ("auto", "dense", "tiles", "flex"))
+    _choice("precision.dtype", config.precision.dtype, ("bf16", "fp32"))
+    _choice("optimizer.schedule", o.schedule, ("cosine", "wsd", "constant"))
+    _choice("decode.mode", config.decode.mode, ("fused", "ar"))
+    _choice("decode.dtype", config.decode.dtype, ("fp32", "bf16"))
+    _require(0 < t.draft_fraction <= 1, "train.draft_fraction", t.draft_fraction, "above 0 and at most 1")
+    _require(0 < config.decode.top_p <= 1, "decode.top_p", config.decode.top_p, "above 0 and at most 1")
+    _require(config.decode.block is None or config.decode.block > 0, "decode.block", config.decode.block, "1 or more")
+    _check_shapes(config)
+    _check_schedule(config)
+
+
+def _check_shapes(config: Config) -> None:
+    m, t, p, length = config.model, config.train, config.parallel, config.data.seq_length
+    _require(
+        length % t.block == 0,
+        "train.block",
+        t.block,
+        f"a divisor of data.seq_length ({length})",
+        _near(length, t.block),
+    )
+    _require(
+        m.kv_channels is not None or m.hidden_size % m.num_attention_heads == 0,
+        "model.num_attention_heads",
+        m.num_attention_heads,
+        f"a divisor of model.hidden_size ({m.hidden_size})",
+        "or set model.kv_channels",
+    )
+    _require(m.head_width % 2 == 0, "model.kv_channels", m.head_width, "an even number, as RoPE rotates pairs")
+    _require(
+        m.num_attention_heads % m.num_query_groups == 0,
+        "model.num_query_groups",
+        m.num_query_groups,
+        f"a divisor of model.num_attention_heads ({m.num_attention_heads})",
+    )
+    for key, value in {
+        "model.num_attention_heads": m.num_attention_heads,
+        "model.num_query_groups": m.num_query_groups,
+        "model.ffn_hidden_size": m.ffn_hidden_size,
+        "model.vocab_multiple": m.vocab_multiple,
+    }.items():
+        way = "lower parallel.tensor or change the shape"
+        _require(value % p.tensor == 0, key, value, f"a multiple of parallel.tensor ({p.tensor})", way)
+    if p.sequence:
+        _require(p.tensor > 1, "parallel.sequence", True, "true only with parallel.tensor above 1")
+        _require(length % p.tensor == 0, "data.seq_length", length, f"a multiple of parallel.tensor ({p.tensor})")
+    if p.overlap_param_gather:
+        allowed = "true only with parallel.distributed_optimizer and parallel.overlap_grad_reduce"
+        ok = p.distributed_optimizer and p.overlap_grad_reduce
+        _require(ok, "parallel.overlap_param_gather", True, allowed)
+    if p.data is not None:
+        _require(p.data > 0, "parallel.data", p.data, "a number above 0")
+        check_batch(config, p.data)
+
+
+def _check_schedule(config: Config) -> None:
+    o, steps = config.optimizer, config.train.steps
+    _require(o.min_lr <= o.lr, "optimizer.min_lr", o.min_lr, f"at most optimizer.lr ({o.lr})")
+    _require(o.warmup_steps < steps, "optimizer.warmup_steps", o.warmup_steps, f"less than train.steps ({steps})")
+    if o.schedule == "wsd":
+        rest = steps - o.warmup_steps
+        _require(0 < o.decay_steps <= rest, "optimizer.decay_steps", o.decay_steps, f"1 to {rest} (steps - warm-up)")
+
+
+def check_batch(config: Config, data_parallel: int) -> None:
+    """The global batch must be whole micro-batches on each of `data_parallel` replicas. Raises ConfigError."""
+    t = config.train
+    unit = t.micro_batch_size * data_parallel
+    _require(
+        t.global_batch_size % unit == 0,
+        "train.global_batch_size",
+        t.global_batch_size,
+        f"a multiple of train.micro_batch_size x parallel.data ({t.micro_batch_size} x {data_parallel})",
+        f"for example {max(unit, t.global_batch_size // unit * unit)}",
+    )
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    if not path.is_file():
+        near = sorted(str(p) for p in path.parent.glob("*.yaml"))
+        hint = f"; found there: {', '.join(near)}" if near else ""
+        raise ConfigError(f"config file {path} does not exist{hint}")
+    try:
+        tree = OmegaConf.load(path)
+    except Exception as error:  # yaml and OmegaConf raise many kinds
+        raise ConfigError(f"config file {path} is not valid YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(tree, DictConfig):
+        raise ConfigError(f"config file {path} must hold a mapping of keys, found {type(tree).__name__}")
+    return tree
+
+
+def _refuse_unknown(tree: DictConfig, kind: type, prefix: str) -> None:
+    allowed = {f.name: f for f in dataclasses.fields(kind)}
+    for key in tree:
+        name = f"{prefix}{key}"
+        if key not in allowed:
+            near = difflib.get_close_matches(str(key), allowed, n=1, cutoff=0.5)
+            hint = f"did you mean {prefix}{near[0]}? " if near else ""
+            raise ConfigError(f"unknown key {name}; {hint}allowed here: {', '.join(sorted(allowed))}")
+        section = allowed[key].default_factory
+        if isinstance(section, type) and dataclasses.is_dataclass(section):
+            value = tree._get_node(key)
+            if not isinstance(value, DictConfig):
+                names = ", ".join(f.name for f in dataclasses.fields(section))
+                raise ConfigError(f"{name} = {value} is a section, not a value; set one of its keys: {names}")
+            _refuse_unknown(value, section, f"{name}.")
+
+
+def _set_writable(node: DictConfig) -> None:
+    OmegaConf.set_readonly(node, False)  # frozen dataclasses come out read-only, which also refuses the merge
+    for key in node:
+        child = node._get_node(key)
+        if isinstance(child, DictConfig):
+            _set_writable(child)
+
+
+def _require(ok: bool, key: str, value: object, allowed: str, way_out: str = "") -> None:
+    if not ok:
+        raise ConfigError(f"{key} = {value}: must be {allowed}" + (f"; {way_out}" if way_out else ""))
+
+
+def _choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    _require(value in allowed, key, value, f"one of {', '.join(allowed)}")
+
+
+def _near(length: int, block: int) -> str:
+    divisors = [d for d in range(1, min(length, 65)) if length % d == 0]
+    return f"for example {min(divisors, key=lambda d: abs(d - block))}"

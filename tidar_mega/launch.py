@@ -1,0 +1,98 @@
+"""A run = local processes. Without a launcher, `tidar pretrain` starts its own processes on this machine."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+from tidar_mega.config import Config
+
+_LOOPBACK = "127.0.0.1"
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def is_worker() -> bool:
+    """True in a process that a launcher (torchrun, srun, or `run_local`) has already given a rank."""
+    return "RANK" in os.environ
+
+
+def local_processes(config: Config, gpus: int) -> int:
+    """How many processes to start on this machine."""
+    replicas = config.parallel.data or max(1, gpus // config.parallel.tensor)
+    return replicas * config.parallel.tensor
+
+
+def run_local(arguments: list[str], processes: int, gpus: int) -> int:
+    """Runs `tidar <arguments>` in `processes` local ranks and returns the exit code.
+
+    Signals are handed on to every rank, once. When one rank fails, the others are ended; its code is returned.
+    """
+    environment = {
+        **os.environ,
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": _LOOPBACK,
+        "MASTER_PORT": str(_free_port()),
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # megatron orders communication before compute through one queue
+    }
+    if not gpus:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    command = [sys.executable, "-m", "tidar_mega.cli", *arguments]
+    ranks: list[subprocess.Popen] = []
+
+    def hand_on(number: int, _frame) -> None:
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.send_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, hand_on)
+    for rank in range(processes):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        # a session of its own: Ctrl-C reaches a rank through `hand_on` only, once
+        started = subprocess.Popen(
+            command, env={**environment, **place}, start_new_session=True, preexec_fn=_die_with_parent
+        )
+        ranks.append(started)
+    return _wait(ranks)
+
+
+def _wait(ranks: list[subprocess.Popen]) -> int:
+    while True:
+        codes = [rank.poll() for rank in ranks]
+        failed = next((code for code in codes if code), None)
+        if failed is not None:
+            _end(ranks)
+            return failed if failed > 0 else 128 - failed
+        if all(code == 0 for code in codes):
+            return 0
+        time.sleep(0.1)
+
+
+def _end(ranks: list[subprocess.Popen], grace_seconds: float = 5.0) -> None:
+    """The failing rank has said why; the others wait in a collective that will never complete."""
+    deadline = time.monotonic() + grace_seconds
+    while time.monotonic() < deadline and any(rank.poll() is None for rank in ranks):
+        time.sleep(0.1)  # an error that all ranks share ends them all by itself
+    for rank in ranks:
+        if rank.poll() is None:
+            rank.kill()
+            rank.wait()
+
+
+def _die_with_parent() -> None:
+    """Ranks whose launcher was killed would go on writing into a run folder that a restart uses."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((_LOOPBACK, 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,58 @@
+"""Training methods: one file each, found by its name. A method turns packed clean rows into the rows of a forward."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tidar_mega.config import Config, ConfigError
+from tidar_mega.losses import RowLosses
+from tidar_mega.rows import Rows
+
+
+@dataclass(frozen=True)
+class Term:
+    """One term of a loss: the mean cross entropy of the rows that `select` (Rows -> bool [B, T]) picks, times
+    `coefficient`. The mean is over the global batch, weighted by the rows' weights."""
+
+    name: str
+    coefficient: float
+    select: object
+
+
+class Method(Protocol):
+    """What a file of this folder provides under the name METHOD (a class built from config and mask id)."""
+
+    terms: tuple[Term, ...]
+
+    def training_rows(self, clean: Rows, sample: Tensor) -> Rows:
+        """The rows of one forward. `clean` [B, S] is the packed text, `sample` int64 [B] its global sample indices."""
+
+    def statistics(self, rows: Rows, losses: RowLosses) -> dict[str, Tensor]:
+        """Sums (not means) that may be added over micro-batches and ranks, for `summary`."""
+
+    def summary(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        """Figures for logs from added-up `statistics`."""
+
+
+def names() -> list[str]:
+    return sorted(m.name for m in pkgutil.iter_modules(__path__))
+
+
+def load(config: Config, mask_id: int) -> Method:
+    """The method that `config.method` names. Raises ConfigError."""
+    if config.method not in names():
+        raise ConfigError(f"method = {config.method}: must be one of {', '.join(names())}")
+    return importlib.import_module(f"{__name__}.{config.method}").METHOD(config, mask_id)
+
+
+def generator(seed: int, purpose: str, sample: int) -> torch.Generator:
+    """Randomness as a pure function of (seed, purpose, global sample index): never of a rank or of a restart."""
+    digest = hashlib.blake2b(f"{seed}/{purpose}/{sample}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -1,0 +1,27 @@
+"""Plain autoregressive training: the clean rows as they are."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tidar_mega.config import Config
+from tidar_mega.losses import RowLosses
+from tidar_mega.methods import Term
+from tidar_mega.rows import Rows
+
+
+class AutoRegressive:
+    def __init__(self, config: Config, mask_id: int) -> None:
+        self.terms = (Term("ar", 1.0, lambda rows: rows.is_clean),)
+
+    def training_rows(self, clean: Rows, sample: Tensor) -> Rows:
+        return clean
+
+    def statistics(self, rows: Rows, losses: RowLosses) -> dict[str, Tensor]:
+        return {}
+
+    def summary(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        return {}
+
+
+METHOD = AutoRegressive

@@ -1,0 +1,161 @@
+"""TiDAR (arXiv 2511.08923): one forward over clean rows and over fully masked blocks of the same places.
+
+Training, section 3.1: the clean half is causal and predicts the next token; the mask half predicts the token of its
+own place from the clean tokens before its block and from the masks of its block, in both directions. Blocks restart
+at every document. Decoding, section 3.2, is `fused_rows`.
+
+Shape suffixes: B sequences, S clean rows, M mask rows, T = S + M rows, G blocks of a sequence, K slots of a block.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tidar_mega.config import Config
+from tidar_mega.losses import RowLosses
+from tidar_mega.methods import Term, generator
+from tidar_mega.rows import PADDING, Rows, concatenate
+
+
+class Tidar:
+    def __init__(self, config: Config, mask_id: int) -> None:
+        self.mask_id = mask_id
+        self.block = config.train.block
+        self.fraction = config.train.draft_fraction
+        self.random_offset = config.train.random_offset
+        self.seed = config.train.seed
+        alpha = config.train.alpha
+        self.terms = (
+            Term("ar", alpha / (1 + alpha), lambda rows: rows.is_clean),
+            Term("draft", 1 / (1 + alpha), lambda rows: ~rows.is_clean),
+        )
+
+    def training_rows(self, clean: Rows, sample: Tensor) -> Rows:
+        offset_B = torch.zeros_like(sample)
+        if self.random_offset:
+            draw = [torch.randint(self.block, (), generator=generator(self.seed, "offset", int(i))) for i in sample]
+            offset_B = torch.stack(draw)
+        masks = mask_rows(clean, self.mask_id, self.block, offset_B)
+        if self.fraction < 1:
+            masks = self._subset(masks, sample)
+        return concatenate([clean, masks], dim=1)
+
+    def _subset(self, masks: Rows, sample: Tensor) -> Rows:
+        """The same number of slots of every sequence: whole random blocks that fit, then padding."""
+        slots = max(1, round(self.fraction * masks.shape[1] / self.block)) * self.block
+        parts = []
+        for b, index in enumerate(sample.tolist()):
+            kept_M = _random_blocks(masks.group[b], masks.document[b], slots, generator(self.seed, "blocks", index))
+            parts.append(_pad(masks.select(slice(b, b + 1)).map(lambda x_BM, at=kept_M: x_BM[:, at]), slots))
+        return concatenate(parts, dim=0)
+
+    def statistics(self, rows: Rows, losses: RowLosses) -> dict[str, Tensor]:
+        """Per slot: drafted places and right ones; and the run of drafts that AR's own choices would accept."""
+        prediction_BT = torch.full_like(rows.token, -1)
+        prediction_BT[losses.index] = losses.prediction
+        drafted_BM = ~rows.is_clean & (rows.weight > 0)
+        at_B, at_M = drafted_BM.nonzero(as_tuple=True)
+        slot = (rows.order - rows.horizon)[at_B, at_M]
+        draft = prediction_BT[at_B, at_M]
+        right = draft == rows.label[at_B, at_M]
+        agrees = draft == _ar_choice(rows, prediction_BT)[at_B, at_M]
+
+        # slot 0 is replaced by AR's own choice at decode time, so it is always accepted; a partial block has no end
+        shape_BGK = (rows.shape[0], int(rows.group.max()) + 1, self.block)
+        exists_BGK, agrees_BGK = torch.zeros(2, *shape_BGK, dtype=torch.bool, device=rows.token.device)
+        where = (at_B, rows.group[at_B, at_M], slot)
+        exists_BGK[where] = True
+        agrees_BGK[where] = agrees | (slot == 0)
+        whole_BG = exists_BGK.all(dim=-1)
+        accepted_BG = agrees_BGK.long().cumprod(dim=-1).sum(dim=-1)
+        count = torch.bincount(slot, minlength=self.block)
+        correct = torch.bincount(slot, weights=right.double(), minlength=self.block)
+        return {
+            "slot_count": count.double(),
+            "slot_correct": correct,
+            "blocks": whole_BG.sum().double(),
+            "accepted": (accepted_BG * whole_BG).sum().double(),
+        }
+
+    def summary(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        slots = (sums["slot_correct"] / sums["slot_count"].clamp(min=1)).tolist()
+        figures = {f"draft_accuracy/slot_{k}": accuracy for k, accuracy in enumerate(slots)}
+        figures["draft_accuracy"] = float(sums["slot_correct"].sum() / sums["slot_count"].sum().clamp(min=1))
+        figures["expected_tokens_per_forward"] = float(sums["accepted"] / sums["blocks"].clamp(min=1))
+        return figures
+
+
+def mask_rows(clean: Rows, mask_id: int, block: int, offset_B: Tensor) -> Rows:
+    """One mask row per clean row: same place and document, label = the token there.
+
+    Blocks of `block` places restart at every document; `offset_B` shifts their starts, so that the first block of a
+    document has `offset` places (0: a whole one).
+    """
+    lead_B1 = ((block - offset_B) % block)[:, None]
+    number_BM = (clean.order + lead_B1) // block
+    starts_BM = torch.ones_like(clean.token, dtype=torch.bool)
+    new_block = (number_BM[:, 1:] != number_BM[:, :-1]) | (clean.document[:, 1:] != clean.document[:, :-1])
+    starts_BM[:, 1:] = new_block
+    return Rows(
+        token=torch.full_like(clean.token, mask_id),
+        position=clean.position,
+        order=clean.order,
+        horizon=(number_BM * block - lead_B1).clamp(min=0),
+        group=starts_BM.long().cumsum(dim=1),
+        document=clean.document,
+        label=clean.token,
+        weight=(clean.document != PADDING).to(clean.weight.dtype),
+        causal_in_group=clean.causal_in_group,
+    )
+
+
+def fused_rows(block: int, mask_id: int) -> Rows:
+    """The fused decoding forward (section 3.2) as relative rows [1, B + B*B], for a committed length of 0.
+
+    First the B verify rows, causal; then for j = 1..B the group that drafts orders j..j+B-1 as if the first j verify
+    rows had been committed. Add the committed length to position, order and horizon; fill in the verify tokens.
+    """
+    slot = torch.arange(block)
+    outcome = torch.arange(1, block + 1).repeat_interleave(block)
+    order = torch.cat([slot, outcome + slot.repeat(block)])
+    token = torch.full_like(order, mask_id)
+    group = torch.cat([torch.zeros_like(slot), outcome])
+    horizon = torch.cat([slot + 1, outcome])
+    zero = torch.zeros_like(order)
+    rows = Rows(token, order, order, horizon, group, zero, zero, zero.float())
+    return rows.map(lambda x_T: x_T[None])
+
+
+def _random_blocks(group_M: Tensor, document_M: Tensor, slots: int, draw: torch.Generator) -> Tensor:
+    """Places, in order, of whole blocks in a random priority, as many as fit into `slots`."""
+    size_G = torch.bincount(group_M[document_M != PADDING], minlength=int(group_M.max()) + 1)
+    priority_G = torch.randperm(len(size_G), generator=draw)
+    fits_G = size_G[priority_G].cumsum(dim=0) <= slots
+    kept_G = torch.zeros(len(size_G), dtype=torch.bool)
+    kept_G[priority_G[fits_G]] = True
+    return (kept_G[group_M] & (document_M != PADDING)).nonzero().squeeze(1)
+
+
+def _pad(masks: Rows, slots: int) -> Rows:
+    """Fills up to `slots` rows with padding that sees only itself and counts for nothing."""
+    missing = slots - masks.shape[1]
+    full = masks.map(lambda x: torch.cat([x, x.new_zeros(x.shape[0], missing)], dim=1))
+    last = int(masks.group.max()) if masks.shape[1] else 0
+    full.document[:, slots - missing :] = PADDING
+    full.group[:, slots - missing :] = last + 1
+    return full
+
+
+def _ar_choice(rows: Rows, prediction_BT: Tensor) -> Tensor:
+    """For every row, what the clean half puts at its place (predicted by the clean row before it), [B, T]; else -2."""
+    clean_S = int(rows.is_clean.sum(dim=1)[0])
+    document_BS = rows.document[:, :clean_S]
+    document_BS = document_BS.where(document_BS != PADDING, torch.iinfo(torch.int64).max)  # sorted, padding last
+    first_BT = torch.searchsorted(document_BS.contiguous(), rows.document.contiguous())
+    before_BT = first_BT + rows.order - 1
+    choice_BT = prediction_BT.gather(1, before_BT.clamp(0, clean_S - 1))
+    return choice_BT.where(rows.order > 0, torch.full_like(choice_BT, -2))
+
+
+METHOD = Tidar
