@@ -118,6 +118,7 @@ class DecodeConfig:
     mode: str = "fused"  # fused | ar
     block: int | None = None  # draft length at decode time; train.block when null
     dtype: str = "fp32"  # fp32 | bf16; only fp32 keeps near-ties, and so exactness, out of the kernels' hands
+    capacity: int = 4096  # most tokens of a prompt and its continuation together
     max_tokens: int = 128
     temperature: float = 0.0  # 0 = greedy
     top_k: int = 0  # 0 = all
@@ -145,9 +146,16 @@ def load(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -
 
     Raises ConfigError.
     """
-    tree = OmegaConf.create({})
-    if path is not None:
-        tree = _read_yaml(Path(path))
+    tree = _read_yaml(Path(path)) if path is not None else OmegaConf.create({})
+    return _with_overrides(tree, overrides)
+
+
+def override(config: Config, overrides: list[str] | tuple[str, ...]) -> Config:
+    """`config` with `a.b=c` overrides, checked again. Raises ConfigError."""
+    return _with_overrides(OmegaConf.create(to_tree(config)), overrides)
+
+
+def _with_overrides(tree: DictConfig, overrides: list[str] | tuple[str, ...]) -> Config:
     for override in overrides:
         if "=" not in override:
             raise ConfigError(f"override {override!r} is not of the form key=value, for example train.steps=100")
@@ -204,6 +212,7 @@ def check(config: Config) -> None:
         "checkpoint.keep_last": config.checkpoint.keep_last,
         "log.interval": config.log.interval,
         "decode.max_tokens": config.decode.max_tokens,
+        "decode.capacity": config.decode.capacity,
     }.items():
         _require(value > 0, key, value, "a number above 0")
     for key, value in {

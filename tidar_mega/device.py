@@ -78,6 +78,13 @@ def start_process_group(config: Config, local_rank: int) -> None:
     torch.distributed.init_process_group("nccl" if has_cuda() else "gloo", timeout=timeout)
 
 
+def start_alone() -> None:
+    """A world of this one process, for decoding and measuring; does nothing inside an existing world."""
+    if not torch.distributed.is_initialized():
+        backend = "nccl" if has_cuda() else "gloo"
+        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+
+
 def peak_memory_bytes() -> int:
     """Largest memory of this process so far: allocated on the GPU, or resident on the host."""
     if has_cuda():

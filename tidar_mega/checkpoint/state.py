@@ -44,14 +44,29 @@ class TrainState:
     progress: Progress
 
 
-def sharded(state: TrainState, is_loading: bool = False) -> dict:
-    """Everything as megatron's sharded state dict; with `is_loading` the template that a load fills in."""
+def sharded(state: TrainState) -> dict:
+    """Everything as megatron's sharded state dict, to be saved."""
+    return {**_template(state, is_loading=False), "random": _random_states()}
+
+
+def template(state: TrainState, same_tensor_size: bool) -> dict:
+    """What `store.load` fills in. Random states belong to tensor-parallel ranks: another number of them has none."""
+    parts = _template(state, is_loading=True)
+    return {**parts, "random": _random_states()} if same_tensor_size else parts
+
+
+def _template(state: TrainState, is_loading: bool) -> dict:
     parts = sharded_weights(state.model.module)
     parts["optimizer"] = state.optimizer.sharded_state_dict(parts, is_loading=is_loading, metadata=SHARDING)
     parts["scheduler"] = state.scheduler.state_dict()
-    parts["random"] = _random_states()
     parts["progress"] = asdict(state.progress)
     return parts
+
+
+def size_bytes(state: TrainState) -> int:
+    """About what a checkpoint takes on disk: the weights, and three float32 numbers of the optimizer for each."""
+    tensor = parallel_state.get_tensor_model_parallel_world_size()
+    return tensor * sum(p.numel() * (p.element_size() + 12) for p in state.model.module.parameters())
 
 
 def sharded_weights(model: HybridGPT) -> dict:
@@ -60,12 +75,14 @@ def sharded_weights(model: HybridGPT) -> dict:
 
 
 def restore(state: TrainState, loaded: dict) -> None:
-    """Puts what `store.load` returned for `sharded(state, is_loading=True)` into the live objects."""
+    """Puts what `store.load` made of `template` into the live objects."""
     state.model.module.load_state_dict(loaded["model"], strict=True)
     torch_adam.load_state(state.optimizer, loaded["optimizer"])
+    state.scheduler.num_steps = 0  # its load_state_dict adds the saved steps to those already taken
     state.scheduler.load_state_dict(loaded["scheduler"])
-    torch.set_rng_state(loaded["random"]["torch"])
-    get_cuda_rng_tracker().set_states(loaded["random"]["megatron"])
+    if "random" in loaded:
+        torch.set_rng_state(loaded["random"]["torch"])
+        get_cuda_rng_tracker().set_states(loaded["random"]["megatron"])
     state.progress = Progress(**loaded["progress"])
 
 

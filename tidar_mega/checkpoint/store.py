@@ -6,6 +6,7 @@ its size. A folder without a published name was never finished and is removed by
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint.api import CheckpointException
 
 from tidar_mega import config as config_module
 from tidar_mega.checkpoint.state import SHARDING
@@ -21,6 +23,7 @@ from tidar_mega.parallel.mesh import Mesh
 
 FORMAT = 1
 _META = "meta.json"
+_MEGATRON_ERRORS = (Exception, CheckpointException)  # megatron, torch and pickle raise many; torch's is no Exception
 
 
 class CheckpointError(UserError):
@@ -40,17 +43,17 @@ class CheckpointStore:
     def newest(self) -> Path | None:
         return next(reversed(self.published()), None)
 
-    def save(self, mesh: Mesh, step: int, parts: dict, meta: dict, tokenizer: Path) -> Path:
-        """Collective. Writes `parts` (from `state.sharded`) and publishes them whole or not at all.
+    def save(self, mesh: Mesh, step: int, parts: dict, meta: dict, tokenizer: Path, size: int) -> Path:
+        """Collective. Writes `parts` (from `state.sharded`), about `size` bytes, and publishes them whole or not at all.
 
         Raises CheckpointError on every rank, for example on a full disk; earlier checkpoints stay as they are.
         """
         final = self.folder / f"step_{step:08d}"
         draft = self.folder / f".{final.name}.unfinished"
-        _on_main(mesh, lambda: _fresh_folder(self.folder, draft), draft)
+        _on_main(mesh, lambda: _fresh_folder(self.folder, draft, size), draft)
         try:
             dist_checkpointing.save(parts, str(draft), content_metadata=SHARDING)
-        except Exception as error:  # megatron wraps what its writers met in many kinds
+        except _MEGATRON_ERRORS as error:  # the writers' results are exchanged: every rank comes here
             _on_main(mesh, lambda: shutil.rmtree(draft, ignore_errors=True), draft)
             raise CheckpointError(_cannot_write(draft, error)) from error
         _on_main(mesh, lambda: self._publish(draft, final, meta, tokenizer), draft)
@@ -104,7 +107,7 @@ def load(path: Path, parts: dict) -> dict:
     """Collective. Fills the template `parts` from the checkpoint at `path`. Raises CheckpointError."""
     try:
         return dist_checkpointing.load(parts, str(path))
-    except Exception as error:  # megatron, torch and pickle each raise their own
+    except _MEGATRON_ERRORS as error:
         raise CheckpointError(f"{path}: cannot be loaded ({_first_line(error)}); {_WAY_OUT}") from error
 
 
@@ -115,10 +118,12 @@ def saved_config(meta: dict) -> Config:
 _WAY_OUT = "the folder is damaged: delete it to go on from the checkpoint before it"
 
 
-def _fresh_folder(folder: Path, draft: Path) -> None:
+def _fresh_folder(folder: Path, draft: Path, size: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(".step_*.unfinished"):
         shutil.rmtree(leftover)
+    if shutil.disk_usage(folder).free < size:  # said before any rank begins to write
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: about {size / 2**20:.0f} MiB are needed")
     draft.mkdir()
 
 
@@ -148,7 +153,10 @@ def _cannot_write(draft: Path, error: BaseException) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """What went wrong, without the traces of other ranks that torch puts into its message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    causes = [line for line in lines if "Errno" in line or "Error:" in line]
+    return (causes or lines or [type(error).__name__])[-1 if causes else 0]
 
 
 def _flush(path: Path) -> None:

@@ -24,7 +24,14 @@ class KVCache:
     """
 
     def __init__(
-        self, layers: int, requests: int, heads: int, capacity: int, width: int, dtype: torch.dtype, device: torch.device
+        self,
+        layers: int,
+        requests: int,
+        heads: int,
+        capacity: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         shape = (requests, heads, capacity, width)
         self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tidar_mega.config import UserError
 from tidar_mega.decode.cache import KVCache
 from tidar_mega.decode.forward import Forwards, Step
 from tidar_mega.decode.sampling import Sampling, SamplingParams
@@ -110,9 +111,9 @@ class Engine:
     ) -> None:
         for name, value in {"block": block, "batch": batch, "prefill_chunk": prefill_chunk}.items():
             if value < 1:
-                raise ValueError(f"{name} = {value}: must be 1 or more")
+                raise UserError(f"{name} = {value}: must be 1 or more")
         if capacity < 2:
-            raise ValueError(f"capacity = {capacity}: must be 2 or more, a prompt token and a new one")
+            raise UserError(f"capacity = {capacity}: must be 2 or more, a prompt token and a new one")
         self.model, self.specials = model, specials
         self.block, self.capacity, self.batch, self.prefill_chunk = block, capacity, batch, prefill_chunk
         self.device = next(model.parameters()).device
@@ -127,7 +128,7 @@ class Engine:
     ) -> list[Generation]:
         """Continues every prompt; `params` for all, or one each. Both modes give the same tokens.
 
-        A prompt is one document from its start, positions from 0. Raises ValueError on a prompt that is empty, holds
+        A prompt is one document from its start, positions from 0. Raises UserError on a prompt that is empty, holds
         ids that are no text or leaves no room for a token, before anything is computed.
         """
         results = [Generation() for _ in prompts]
@@ -153,9 +154,9 @@ class Engine:
         """Continues every prompt; yields each commit, and None where another batch of requests starts."""
         all_params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if mode not in MODES:
-            raise ValueError(f"mode = {mode!r}: must be one of {', '.join(MODES)}")
+            raise UserError(f"mode = {mode!r}: must be one of {', '.join(MODES)}")
         if len(all_params) != len(prompts):
-            raise ValueError(f"{len(all_params)} sampling parameters for {len(prompts)} prompts: give one, or one each")
+            raise UserError(f"{len(all_params)} sampling parameters for {len(prompts)} prompts: give one, or one each")
         for number, prompt in enumerate(prompts):
             self._check_prompt(number, prompt)
         return self._run_batches(prompts, all_params, mode)
@@ -174,15 +175,15 @@ class Engine:
     def _check_prompt(self, number: int, prompt: Sequence[int]) -> None:
         s = self.specials
         if len(prompt) == 0:
-            raise ValueError(f"prompt {number} is empty: there is nothing to continue; give at least one token")
+            raise UserError(f"prompt {number} is empty: there is nothing to continue; give at least one token")
         if len(prompt) >= self.capacity:
-            raise ValueError(
+            raise UserError(
                 f"prompt {number} has {len(prompt)} tokens: at most {self.capacity - 1} leave room for a new one "
                 f"within the engine's capacity of {self.capacity}; shorten it or raise the capacity"
             )
         bad = [i for i in prompt if not 0 <= i < s.vocab_size or i in (s.pad, s.mask)]
         if bad:
-            raise ValueError(
+            raise UserError(
                 f"prompt {number} holds id {bad[0]}: must be a text token, 0 .. {s.vocab_size - 1} without "
                 f"padding ({s.pad}) and mask ({s.mask})"
             )
@@ -227,8 +228,10 @@ class _Batch:
             draft_NB, outcomes = self._step(verified_NB)
             for n, (accepted, choice, verified) in enumerate(outcomes):
                 if self.room[n]:
-                    self.kv.commit(n, accepted)
-                    yield self._emit(n, choice[:accepted], verified, accepted)
+                    commit = self._emit(n, choice[:accepted], verified, accepted)
+                    if not commit.finished:  # else its rows may lie beyond the cut, and nothing follows them
+                        self.kv.commit(n, accepted)
+                    yield commit
 
     @torch.inference_mode()
     def _prefill(self, n: int) -> Step:

@@ -18,12 +18,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tidar_mega.config import UserError
+
 LOWEST_TEMPERATURE = 1e-3  # below it, logits / T leaves float32's useful range; 0 is greedy
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one request is decoded. Raises ValueError on impossible values.
+    """How one request is decoded. Raises UserError on impossible values.
 
     max_tokens   longest continuation, in tokens
     temperature  0 = greedy; else logits are divided by it
@@ -61,7 +63,7 @@ class SamplingParams:
 
 def _require(ok: bool, name: str, value: object, allowed: str) -> None:
     if not ok:
-        raise ValueError(f"{name} = {value}: must be {allowed}")
+        raise UserError(f"{name} = {value}: must be {allowed}")
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,9 @@ class Sampling:
             # cumulated float32 probabilities reach 1 early: "all" must not be a comparison with 1
             top_p_N=torch.tensor([p.top_p if p.top_p < 1 else 2.0 for p in params], **real),
             unfiltered_N=torch.tensor([not f for f in filters], device=device),
-            forbidden=torch.tensor([i - first for i in forbidden if 0 <= i - first < vocab], dtype=torch.int64).to(device),
+            forbidden=torch.tensor([i - first for i in forbidden if 0 <= i - first < vocab], dtype=torch.int64).to(
+                device
+            ),
             first_id=first,
             candidates=max((k for k, f in zip(top_k, filters, strict=True) if f), default=0),
             greedy=all(p.is_greedy for p in params),

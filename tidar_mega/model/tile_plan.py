@@ -34,8 +34,8 @@ class Tile:
     width: int  # L, the number of keys
     kept: int  # leading keys that are also the leading keys of the tile before
     free: int  # leading keys that every query row of the tile sees
-    bias_R1L: Tensor | None  # float32 [R, 1, L - free], 0 or -inf, for the other keys; None if every row sees them
-    seeing_R11: Tensor | None  # float32 [R, 1, 1], 0 for query rows that see no key at all; None if there are none
+    bias_LR: Tensor | None  # float32 [L - free, R], 0 or -inf, for the other keys; None if every row sees them
+    sees_R: Tensor | None  # float32 [R], 0 for query rows that see no key at all; None if there are none
 
     @property
     def rows(self) -> int:
@@ -81,10 +81,10 @@ class Structure:
         for tile in self.tiles:
             columns = torch.cat([torch.arange(a, b) for a, b in tile.keys])
             tile_RL = torch.ones(tile.rows, tile.width, dtype=torch.bool)
-            if tile.bias_R1L is not None:
-                tile_RL[:, tile.free :] = tile.bias_R1L[:, 0] == 0
-            if tile.seeing_R11 is not None:
-                tile_RL &= tile.seeing_R11[:, 0] > 0
+            if tile.bias_LR is not None:
+                tile_RL[:, tile.free :] = tile.bias_LR.T == 0
+            if tile.sees_R is not None:
+                tile_RL &= tile.sees_R[:, None] > 0
             seen_TT[self.row_order[tile.start : tile.stop, None], columns] = tile_RL
         return seen_TT
 
@@ -111,10 +111,10 @@ def _structure(fields_4T: Tensor, sequences: Tensor, causal_in_group: bool, chun
         keys, free = _key_ranges(sees_RT)
         row_order.append(r)
         if keys:  # a tile whose rows see nothing needs no work: its output stays zero
-            bias, seeing = _bias(sees_RT, keys, free, shared)
+            bias, sees = _bias(sees_RT, keys, free, shared)
             width = sum(b - a for a, b in keys)
             kept = _common(before, keys)
-            tiles.append(Tile(start, start + len(r), keys, width, kept, free, bias, seeing))
+            tiles.append(Tile(start, start + len(r), keys, width, kept, free, bias, sees))
             before = keys
         start += len(r)
     return Structure(sequences, torch.cat(row_order), tuple(tiles))
@@ -166,14 +166,13 @@ def _key_ranges(sees_RT: Tensor) -> tuple[tuple[Range, ...], int]:
 
 def _bias(sees_RT: Tensor, keys: tuple[Range, ...], free: int, shared: dict) -> tuple[Tensor | None, Tensor | None]:
     """The additive mask of the keys that are not free, and which rows see anything; equal tensors are made once."""
-    sees_RL = torch.cat([sees_RT[:, a:b] for a, b in keys], dim=1)[:, free:]
-    if bool(sees_RL.all()):
+    sees_LR = torch.cat([sees_RT[:, a:b] for a, b in keys], dim=1)[:, free:].T.contiguous()
+    if bool(sees_LR.all()):
         return None, None
-    seeing_R = sees_RL.any(1) | (free > 0)
-    bias_RL = torch.zeros(sees_RL.shape).masked_fill_(~sees_RL & seeing_R[:, None], float("-inf"))
-    bias_RL = shared.setdefault((bias_RL.shape, sees_RL.numpy().tobytes()), bias_RL)
-    seeing = None if bool(seeing_R.all()) else seeing_R.float()[:, None, None]
-    return bias_RL[:, None], seeing
+    sees_R = sees_LR.any(0) | (free > 0)
+    bias_LR = torch.zeros(sees_LR.shape).masked_fill_(~sees_LR & sees_R, float("-inf"))
+    bias_LR = shared.setdefault((bias_LR.shape, sees_LR.numpy().tobytes()), bias_LR)
+    return bias_LR, None if bool(sees_R.all()) else sees_R.float()
 
 
 def _common(before: tuple[Range, ...], keys: tuple[Range, ...]) -> int:

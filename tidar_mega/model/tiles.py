@@ -44,36 +44,36 @@ class _TiledAttention(torch.autograd.Function):
             for structure in plan:
                 q, k, v = _take(structure, (q_TBHE,), (k_TBGE, v_TBGE))
                 out_TNFE = torch.zeros(q.shape, dtype=q.dtype)
-                lse_NTF = torch.zeros(q.shape[1], q.shape[0], q.shape[2], dtype=_wide(q.dtype))
+                lse_NFT = torch.zeros(*q.shape[1:3], len(q), dtype=_wide(q.dtype))
                 for n in _blocks(q, structure):
-                    _forward(q[:, n], k[:, n], v[:, n], scale, structure, out_TNFE[:, n], lse_NTF[n])
+                    _forward(q[:, n], k[:, n], v[:, n], scale, structure, out_TNFE[:, n], lse_NFT[n])
                 _put_queries(out_TBHE, out_TNFE, structure)
-                lses.append(lse_NTF)
-        ctx.save_for_backward(q_TBHE, k_TBGE, v_TBGE, *lses)
+                lses.append(lse_NFT)
+        ctx.save_for_backward(q_TBHE, k_TBGE, v_TBGE, out_TBHE, *lses)
         ctx.scale, ctx.plan = scale, plan
         return out_TBHE
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g_TBHE: Tensor):
-        q_TBHE, k_TBGE, v_TBGE, *lses = ctx.saved_tensors
+        q_TBHE, k_TBGE, v_TBGE, out_TBHE, *lses = ctx.saved_tensors
         dq_TBHE, dk_TBGE, dv_TBGE = (torch.empty(x.shape, dtype=x.dtype) for x in (q_TBHE, k_TBGE, v_TBGE))
         with _exact_bfloat16_products(q_TBHE.dtype):
-            for structure, lse_NTF in zip(ctx.plan, lses, strict=True):
-                q, g, k, v = _take(structure, (q_TBHE, g_TBHE), (k_TBGE, v_TBGE))
+            for structure, lse_NFT in zip(ctx.plan, lses, strict=True):
+                q, g, o, k, v = _take(structure, (q_TBHE, g_TBHE, out_TBHE), (k_TBGE, v_TBGE))
                 dq_TNFE = torch.zeros(q.shape, dtype=q.dtype)
-                dk_NET, dv_NET = (torch.zeros(*x.shape[1:], len(x), dtype=_wide(x.dtype)) for x in (k, v))
+                dk_NTE, dv_NTE = (torch.zeros(x.transpose(0, 1).shape, dtype=_wide(x.dtype)) for x in (k, v))
                 for n in _blocks(q, structure):
-                    grads = (dq_TNFE[:, n], dk_NET[n], dv_NET[n])
-                    _backward(q[:, n], k[:, n], v[:, n], g[:, n], lse_NTF[n], ctx.scale, structure, *grads)
+                    inputs = (q[:, n], k[:, n], v[:, n], o[:, n], g[:, n], lse_NFT[n])
+                    _backward(*inputs, ctx.scale, structure, dq_TNFE[:, n], dk_NTE[n], dv_NTE[n])
                 _put_queries(dq_TBHE, dq_TNFE, structure)
-                _put_keys(dk_TBGE, dk_NET.mul_(ctx.scale), structure)
-                _put_keys(dv_TBGE, dv_NET, structure)
+                _put_keys(dk_TBGE, dk_NTE.mul_(ctx.scale), structure)
+                _put_keys(dv_TBGE, dv_NTE, structure)
         return dq_TBHE, dk_TBGE, dv_TBGE, None, None
 
 
 def _forward(
-    q_TNFE: Tensor, k_TNE: Tensor, v_TNE: Tensor, scale: float, structure: Structure, out_TNFE: Tensor, lse_NTF: Tensor
+    q_TNFE: Tensor, k_TNE: Tensor, v_TNE: Tensor, scale: float, structure: Structure, out_TNFE: Tensor, lse_NFT: Tensor
 ) -> None:
     """Writes the output and the base-2 log-sum-exp of one block of pairs; query rows are in the order of the tiles."""
     _, N, F, E = q_TNFE.shape
@@ -81,76 +81,81 @@ def _forward(
     scores, queries = _Buffer(N * F * structure.area, wide), _Buffer(N * F * E * structure.rows, wide)
     keys, values = _Buffer(N * E * structure.width, wide), _Buffer(N * E * structure.width, wide)
     for tile in structure.tiles:
-        rows = slice(tile.start, tile.stop)
+        rows, R, L = slice(tile.start, tile.stop), tile.rows, tile.width
+        q_NQE = queries.load_queries(q_TNFE, rows)
         k_NLE, v_NLE = keys.load_keys(k_TNE, tile), values.load_keys(v_TNE, tile)
-        s_NQL = _scores(queries.load_queries(q_TNFE, rows), k_NLE, scale, tile, scores)
+        s_NQL = scores.view(N, F * R, L)
+        torch.baddbmm(s_NQL, q_NQE, k_NLE.transpose(1, 2), beta=0, alpha=scale * LOG2_E, out=s_NQL)
+        if tile.bias_LR is not None:
+            s_NQL.view(N, F, R, L)[..., tile.free :] += tile.bias_LR.T
         top_NQ1 = s_NQL.amax(-1, keepdim=True)
         p_NQL = s_NQL.sub_(top_NQ1).exp2_()
         sum_NQ1 = p_NQL.sum(-1, keepdim=True)
-        o_NRFE = torch.bmm(p_NQL, v_NLE).div_(sum_NQ1).view(N, tile.rows, F, E)
-        if tile.seeing_R11 is not None:
-            o_NRFE.mul_(tile.seeing_R11)
-        out_TNFE[rows].copy_(o_NRFE.transpose(0, 1))
-        lse_NTF[:, rows].copy_(sum_NQ1.log2_().add_(top_NQ1).view(N, tile.rows, F))
+        o_NFRE = torch.bmm(p_NQL, v_NLE).div_(sum_NQ1).view(N, F, R, E)
+        if tile.sees_R is not None:
+            o_NFRE.mul_(tile.sees_R[:, None])
+        out_TNFE[rows].copy_(o_NFRE.permute(2, 0, 1, 3))
+        lse_NFT[:, :, rows].copy_(sum_NQ1.log2_().add_(top_NQ1).view(N, F, R))
 
 
 def _backward(
     q_TNFE: Tensor,
     k_TNE: Tensor,
     v_TNE: Tensor,
+    o_TNFE: Tensor,
     g_TNFE: Tensor,
-    lse_NTF: Tensor,
+    lse_NFT: Tensor,
     scale: float,
     structure: Structure,
     dq_TNFE: Tensor,
-    dk_NET: Tensor,
-    dv_NET: Tensor,
+    dk_NTE: Tensor,
+    dv_NTE: Tensor,
 ) -> None:
-    """Writes dq and adds to dk (still to be scaled) and dv, of one block of pairs."""
+    """Writes dq and adds to dk (still to be scaled) and dv, of one block of pairs.
+
+    Keys are rows here: both products that add up over many queries then read their operands along memory."""
     _, N, F, E = q_TNFE.shape
     narrow, wide = q_TNFE.dtype, _wide(q_TNFE.dtype)
     area, rows_size, keys_size = N * F * structure.area, N * F * E * structure.rows, N * E * structure.width
-    scores, slopes = _Buffer(area, wide), _Buffer(area, wide)
-    queries, out_grads = _Buffer(rows_size, wide), _Buffer(rows_size, wide)
+    weights, slopes = _Buffer(area, wide), _Buffer(area, wide)
+    queries, grads, outputs = (_Buffer(rows_size, wide) for _ in range(3))
     keys, values = _Buffer(keys_size, wide), _Buffer(keys_size, wide)
     if narrow != wide:
         rounded, keys16 = _Buffer(area, narrow), _Buffer(keys_size, narrow)
-        queries16, out_grads16 = _Buffer(rows_size, narrow), _Buffer(rows_size, narrow)
+        queries16, grads16 = _Buffer(rows_size, narrow), _Buffer(rows_size, narrow)
     for tile in structure.tiles:
-        rows = slice(tile.start, tile.stop)
-        q_NQE, g_NQE = queries.load_queries(q_TNFE, rows), out_grads.load_queries(g_TNFE, rows)
+        rows, R, L = slice(tile.start, tile.stop), tile.rows, tile.width
         k_NLE, v_NLE = keys.load_keys(k_TNE, tile), values.load_keys(v_TNE, tile)
+        q_NQE, g_NQE = queries.load_queries(q_TNFE, rows), grads.load_queries(g_TNFE, rows)
+        delta_NQ = outputs.load_queries(o_TNFE, rows).mul_(g_NQE).sum(-1)
         q16, g16, k16 = q_NQE, g_NQE, k_NLE
         if narrow != wide:
-            q16, g16 = queries16.load_queries(q_TNFE, rows), out_grads16.load_queries(g_TNFE, rows)
+            q16, g16 = queries16.load_queries(q_TNFE, rows), grads16.load_queries(g_TNFE, rows)
             k16 = keys16.load_keys(k_TNE, tile)
-        s_NQL = _scores(q_NQE, k_NLE, scale, tile, scores)
-        p_NQL = s_NQL.sub_(lse_NTF[:, rows].reshape(N, -1, 1)).exp2_()
-        if tile.seeing_R11 is not None:
-            p_NQL.view(N, tile.rows, -1).mul_(tile.seeing_R11[:, 0])
-        p16 = p_NQL if narrow == wide else rounded.view(*p_NQL.shape).copy_(p_NQL)
-        _add_keys(dv_NET, torch.bmm(g16.transpose(1, 2), p16), tile)
-        dp_NQL = torch.bmm(g_NQE, v_NLE.transpose(1, 2), out=slopes.view(*p_NQL.shape))
-        ds_NQL = torch.ops.aten._softmax_backward_data.out(dp_NQL, p_NQL, -1, wide, grad_input=dp_NQL)
-        ds16 = ds_NQL if narrow == wide else rounded.view(*p_NQL.shape).copy_(ds_NQL)
-        _add_keys(dk_NET, torch.bmm(q16.transpose(1, 2), ds16), tile)
-        dq_TNFE[rows].copy_(torch.bmm(ds16, k16).mul_(scale).view(N, tile.rows, F, E).transpose(0, 1))
+
+        p_NLQ = weights.view(N, L, F * R)
+        torch.baddbmm(p_NLQ, k_NLE, q_NQE.transpose(1, 2), beta=0, alpha=scale * LOG2_E, out=p_NLQ)
+        p_NLQ.sub_(lse_NFT[:, :, rows].reshape(N, 1, -1))
+        if tile.bias_LR is not None:
+            p_NLQ.view(N, L, F, R)[:, tile.free :] += tile.bias_LR[:, None]
+        p_NLQ.exp2_()
+        if tile.sees_R is not None:
+            p_NLQ.view(N, L, F, R).mul_(tile.sees_R)
+        p16 = p_NLQ if narrow == wide else rounded.view(N, L, F * R).copy_(p_NLQ)
+        _add_keys(dv_NTE, torch.bmm(p16, g16), tile)
+
+        ds_NLQ = torch.bmm(v_NLE, g_NQE.transpose(1, 2), out=slopes.view(N, L, F * R))
+        ds_NLQ.sub_(delta_NQ[:, None]).mul_(p_NLQ)
+        ds16 = ds_NLQ if narrow == wide else rounded.view(N, L, F * R).copy_(ds_NLQ)
+        _add_keys(dk_NTE, torch.bmm(ds16, q16), tile)
+        dq_NQE = torch.bmm(ds16.transpose(1, 2), k16).mul_(scale)
+        dq_TNFE[rows].copy_(dq_NQE.view(N, F, R, E).permute(2, 0, 1, 3))
 
 
-def _scores(q_NQE: Tensor, k_NLE: Tensor, scale: float, tile: Tile, buffer: _Buffer) -> Tensor:
-    """scale * q k^T plus the tile's mask, in base 2, written into the buffer: [N, Q, L]."""
-    N, Q, L = len(q_NQE), q_NQE.shape[1], tile.width
-    s_NQL = buffer.view(N, Q, L)
-    torch.baddbmm(s_NQL, q_NQE, k_NLE.transpose(1, 2), beta=0, alpha=scale * LOG2_E, out=s_NQL)
-    if tile.bias_R1L is not None:
-        s_NQL.view(N, tile.rows, -1, L)[..., tile.free :] += tile.bias_R1L
-    return s_NQL
-
-
-def _add_keys(sum_NET: Tensor, part_NEL: Tensor, tile: Tile) -> None:
+def _add_keys(sum_NTE: Tensor, part_NLE: Tensor, tile: Tile) -> None:
     at = 0
     for a, b in tile.keys:
-        sum_NET[:, :, a:b] += part_NEL[:, :, at : at + b - a]
+        sum_NTE[:, a:b] += part_NLE[:, at : at + b - a]
         at += b - a
 
 
@@ -165,9 +170,8 @@ class _Buffer:
 
     def load_queries(self, source_TNFE: Tensor, rows: slice) -> Tensor:
         """A tile's query rows with their heads folded in, [N, Q, E]."""
-        x_RNFE = source_TNFE[rows]
-        R, N, F, E = x_RNFE.shape
-        return self.view(N, R, F, E).copy_(x_RNFE.transpose(0, 1)).view(N, R * F, E)
+        R, N, F, E = source_TNFE[rows].shape
+        return self.view(N, F, R, E).copy_(source_TNFE[rows].permute(1, 2, 0, 3)).view(N, F * R, E)
 
     def load_keys(self, source_TNE: Tensor, tile: Tile) -> Tensor:
         """The tile's keys one after the other, [N, L, E]; of a single pair, those of the tile before stay in place."""
@@ -225,9 +229,9 @@ def _put_queries(whole_TBHE: Tensor, part_TNFE: Tensor, structure: Structure) ->
         whole_TBHE[:, structure.sequences] = part_TBHE.index_select(0, structure.place)
 
 
-def _put_keys(whole_TBGE: Tensor, part_NET: Tensor, structure: Structure) -> None:
+def _put_keys(whole_TBGE: Tensor, part_NTE: Tensor, structure: Structure) -> None:
     """Puts an accumulated gradient of keys or values back to its sequences, in their type."""
-    part_TBGE = part_NET.unflatten(0, (len(structure.sequences), -1)).permute(3, 0, 1, 2)
+    part_TBGE = part_NTE.unflatten(0, (len(structure.sequences), -1)).permute(2, 0, 1, 3)
     if part_TBGE.shape[1] == whole_TBGE.shape[1]:
         whole_TBGE.copy_(part_TBGE)
     else:

@@ -103,8 +103,9 @@ class Run:
             "data_fingerprint": self.stream.fingerprint,
             "vocab_size": self.stream.tokenizer.vocab_size,
         }
-        parts = checkpoint_state.sharded(self.state)
-        return self.checkpoints.save(self.task.mesh, progress.step, parts, meta, self.stream.tokenizer_folder)
+        parts, size = checkpoint_state.sharded(self.state), checkpoint_state.size_bytes(self.state)
+        tokenizer = self.stream.tokenizer_folder
+        return self.checkpoints.save(self.task.mesh, progress.step, parts, meta, tokenizer, size)
 
     def step(self) -> None:
         """One optimizer step on the next global batch."""
@@ -190,8 +191,8 @@ def resume(path: Path, config: Config, stream: Stream, state: TrainState) -> Non
                     f"{section}.{name} = {now}: the checkpoint {path} was made with {was}; "
                     "set it back, or set another run_dir to start anew"
                 )
-    loaded = store.load(path, checkpoint_state.sharded(state, is_loading=True))
-    checkpoint_state.restore(state, loaded)
+    same_tensor_size = saved.parallel.tensor == config.parallel.tensor
+    checkpoint_state.restore(state, store.load(path, checkpoint_state.template(state, same_tensor_size)))
 
 
 # Settings that a resume must not change: the shape of the weights and the meaning of the global sample index.

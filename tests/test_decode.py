@@ -1,0 +1,223 @@
+"""Fused decoding against AR decoding and against plain forwards without a cache, on a model that has learnt a little.
+
+Shape suffixes: T rows, B sequences, N requests, D hidden width, V ids.
+"""
+
+from __future__ import annotations
+
+import sysconfig
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tidar_mega import device
+from tidar_mega.config import from_tree
+from tidar_mega.decode.engine import Engine
+from tidar_mega.decode.forward import Forwards
+from tidar_mega.decode.sampling import Sampling, SamplingParams, choose
+from tidar_mega.evaluation.acceptance import distinct_share
+from tidar_mega.losses import cross_entropy
+from tidar_mega.methods.tidar import Tidar, fused_rows
+from tidar_mega.model.attention import TrainingAttention
+from tidar_mega.model.gpt import HybridGPT, build
+from tidar_mega.parallel.mesh import build_mesh
+from tidar_mega.rows import Rows, concatenate
+
+TRAINING_STEPS = 420  # about 20 seconds; not a time, so that every run has the same model
+BLOCKS = (2, 4, 8)
+SETTINGS = {
+    "greedy": SamplingParams(max_tokens=28),
+    "t0.7": SamplingParams(max_tokens=28, temperature=0.7),
+    "t1": SamplingParams(max_tokens=28, temperature=1.0),
+    "t1-k20-p0.9": SamplingParams(max_tokens=28, temperature=1.0, top_k=20, top_p=0.9),
+}
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """A tokenizer of bytes."""
+
+    vocab_size: int = 259
+    eod: int = 256
+    pad: int = 257
+    mask: int = 258
+
+
+def tiny_config(**model):
+    shape = {
+        "num_layers": 2,
+        "hidden_size": 64,
+        "ffn_hidden_size": 192,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+    }
+    tree = {"model": shape | model, "data": {"seq_length": 128}, "precision": {"dtype": "fp32"}, "train": {"block": 4}}
+    return from_tree(tree)
+
+
+@pytest.fixture(scope="module")
+def world() -> None:
+    device.start_alone()
+    build_mesh(tiny_config())
+
+
+@pytest.fixture(scope="module")
+def text() -> torch.Tensor:
+    """Bytes of the standard library's sources, in an order that is the same on every machine."""
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    return torch.frombuffer(bytearray(b"".join(f.read_bytes() for f in files)), dtype=torch.uint8).long()
+
+
+def clean_rows(token_BS: torch.Tensor) -> Rows:
+    order_BS = torch.arange(token_BS.shape[1]).expand_as(token_BS)
+    zero_BS = torch.zeros_like(token_BS)
+    weight_BS = torch.ones(token_BS.shape)
+    weight_BS[:, -1] = 0
+    return Rows(token_BS, order_BS, order_BS, order_BS + 1, zero_BS, zero_BS, token_BS.roll(-1, dims=1), weight_BS)
+
+
+@pytest.fixture(scope="module")
+def trained(world, text) -> HybridGPT:
+    """A model trained for some seconds, with blocks of all tested sizes in turn."""
+    config = tiny_config()
+    torch.manual_seed(0)
+    model = build(config, Bytes.vocab_size)
+    methods = [Tidar(replace(config, train=replace(config.train, block=b)), Bytes.mask) for b in BLOCKS]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.95), weight_decay=0.05)
+    draw = torch.Generator().manual_seed(0)
+    train_text = text[: len(text) * 9 // 10]
+    for step in range(TRAINING_STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = 4e-3 * min(1, step / 20) * (1.02 - step / TRAINING_STEPS)
+        at_B = torch.randint(len(train_text) - 128, (8,), generator=draw)
+        rows = methods[step % 3].training_rows(clean_rows(train_text[at_B[:, None] + torch.arange(128)]), at_B)
+        hidden_TBD = model(rows=rows, context=TrainingAttention(rows, "dense"))
+        losses = cross_entropy(hidden_TBD, model.head_weight, rows, None, 4096)
+        optimizer.zero_grad()
+        (losses.total / len(losses.loss)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    loss = validation_loss(model, text)
+    print(f"\n{TRAINING_STEPS} steps; validation loss {loss:.2f} nats per byte")
+    assert loss < 2.8, "the model has not learnt: its acceptance would mean nothing"
+    return model
+
+
+@torch.no_grad()
+def validation_loss(model: HybridGPT, text: torch.Tensor) -> float:
+    at_B = len(text) * 9 // 10 + torch.arange(16) * 1000
+    rows = clean_rows(text[at_B[:, None] + torch.arange(128)])
+    hidden_TBD = model(rows=rows, context=TrainingAttention(rows, "dense"))
+    return float(cross_entropy(hidden_TBD, model.head_weight, rows, None, 4096).loss.mean())
+
+
+@pytest.fixture(scope="module")
+def prompts(text) -> list[list[int]]:
+    """208 held-out pieces of 5 to 40 bytes."""
+    start = len(text) * 9 // 10
+    return [text[start + 500 * i : start + 500 * i + 5 + i * 7 % 36].tolist() for i in range(208)]
+
+
+@pytest.fixture(scope="module")
+def references(trained, prompts) -> dict[str, list]:
+    engine = Engine(trained, Bytes(), block=4, capacity=128)
+    return {name: engine.generate(prompts, seeds(params, 208), mode="ar") for name, params in SETTINGS.items()}
+
+
+def seeds(params: SamplingParams, count: int) -> list[SamplingParams]:
+    return [params.for_request(i) for i in range(count)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_fused_output_is_ar_output(trained, prompts, references, text, block, setting):
+    engine = Engine(trained, Bytes(), block=block, capacity=128, batch=128 // block)
+    fused = engine.generate(prompts, seeds(SETTINGS[setting], 208), mode="fused")
+    ar = references[setting]
+    assert [g.tokens for g in fused] == [g.tokens for g in ar]
+    assert [g.finish_reason for g in fused] == [g.finish_reason for g in ar]
+    accepted = [r for g in fused for r in g.accepted]
+    mean = sum(g.tokens_per_forward for g in fused) / len(fused)
+    print(
+        f"\nB = {block}, {setting}: {mean:.2f} tokens per forward, distinct 4-grams "
+        f"{distinct_share([g.tokens for g in fused], 4):.2f}, validation loss {validation_loss(trained, text):.2f}"
+    )
+    assert min(accepted) == 1 and max(accepted) == block, "both rejected and wholly accepted drafts must occur"
+    assert all(g.tokens_per_forward == 1 for g in ar)
+
+
+@pytest.mark.parametrize("setting", ["greedy", "t1-k20-p0.9"])
+def test_ar_output_is_that_of_plain_forwards_without_a_cache(trained, prompts, references, setting):
+    for i in range(0, 208, 26):
+        params = SETTINGS[setting].for_request(i)
+        sampling = Sampling.of([params], [Bytes.pad, Bytes.mask, *range(259, 320)], 320)
+        tokens = list(prompts[i])
+        for _ in range(12):
+            rows = clean_rows(torch.tensor([tokens]))
+            with torch.no_grad():
+                logits_V = trained.logits(trained(rows=rows, context=TrainingAttention(rows, "dense"))[-1, 0])
+            if setting == "greedy":
+                logits_V[257:] = -torch.inf
+                tokens.append(int(logits_V.argmax()))
+            else:
+                tokens.append(int(choose(logits_V[None, None], torch.tensor([[len(tokens)]]), sampling)))
+        assert references[setting][i].tokens[:12] == tokens[len(prompts[i]) :]
+
+
+@pytest.mark.parametrize("chunk", [512, 3])
+def test_batched_ragged_requests_are_decoded_as_alone(trained, prompts, references, chunk):
+    """Neither the batch, nor other requests' parameters, nor the prompt's chunks matter."""
+    names = list(SETTINGS)
+    mixed = [replace(SETTINGS[names[i % 4]].for_request(i), max_tokens=5 + i % 20) for i in range(24)]
+    expected = [references[names[i % 4]][i].tokens[: 5 + i % 20] for i in range(24)]
+    for batch in (1, 7, 24):
+        engine = Engine(trained, Bytes(), block=4, capacity=128, batch=batch, prefill_chunk=chunk)
+        for mode in ("fused", "ar"):
+            assert [g.tokens for g in engine.generate(prompts[:24], mixed, mode)] == expected
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 8])
+def test_fused_forward_equals_separate_forwards_of_each_group(world, block):
+    """In float64, through the cache, for a ragged and an even batch: against dense forwards over the whole sequence."""
+    model = build(tiny_config(qk_layernorm=True, add_qkv_bias=True), Bytes.vocab_size).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()), dtype=p.dtype))
+    engine = Engine(model, Bytes(), block=block, capacity=64)
+    token_NT = torch.randint(256, (3, 40), generator=torch.Generator().manual_seed(1))
+    plan = Forwards(model, block, Bytes.mask, engine.device)._plan(fused_rows(block, Bytes.mask), clean=block)
+    for lengths in ([7, 7, 7], [3, 12, 1]):
+        cache = engine.cache(3, 64 + plan.rows.shape[1])
+        with torch.no_grad():
+            for n, length in enumerate(lengths):
+                prompt = engine.forwards["fused"].prompt_plan(length, drafts=False)
+                engine.forwards["fused"].hidden(prompt, cache, slice(n, n + 1), token_NT[n : n + 1, :length])
+                cache.commit(n, length)
+            draft_NB = torch.stack([token_NT[n, s : s + block] for n, s in enumerate(lengths)])
+            hidden_TND = engine.forwards["fused"].hidden(plan, cache, slice(0, 3), draft_NB)
+            for n, length in enumerate(lengths):
+                verify_BD, groups = separate_forwards(model, token_NT[n], length, block)
+                torch.testing.assert_close(hidden_TND[:block, n], verify_BD, rtol=1e-10, atol=1e-10)
+                got = hidden_TND[block:, n].view(block, block, -1)
+                torch.testing.assert_close(got, torch.stack(groups), rtol=1e-10, atol=1e-10)
+
+
+def separate_forwards(model, token_T, length: int, block: int):
+    """Hidden states of the draft's tokens, and of the masks behind each possible outcome, one forward each."""
+
+    def run(rows):
+        return model(rows=rows, context=TrainingAttention(rows, "dense"))[:, 0]
+
+    verify_BD = run(clean_rows(token_T[None, : length + block]))[length:]
+    groups = []
+    for j in range(1, block + 1):
+        prefix = clean_rows(token_T[None, : length + j])
+        order = torch.arange(length + j, length + j + block)[None]
+        zero = torch.zeros_like(order)
+        mask, horizon = torch.full_like(order, Bytes.mask), torch.full_like(order, length + j)
+        masks = Rows(mask, order, order, horizon, zero + 1, zero, zero, zero.float())
+        groups.append(run(concatenate([prefix, masks], dim=1))[length + j :])
+    return verify_BD, groups

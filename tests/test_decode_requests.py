@@ -1,0 +1,279 @@
+"""Requests: their ends, their errors, and hostile cases, on an untrained model, which commits anything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from tests.test_decode import Bytes, tiny_config
+from tidar_mega import device
+from tidar_mega.bench.decode import compare, show
+from tidar_mega.config import UserError
+from tidar_mega.decode import accept
+from tidar_mega.decode.engine import Engine
+from tidar_mega.decode.sampling import SamplingParams
+from tidar_mega.evaluation.acceptance import distinct_share, held_out_prompts, measure
+from tidar_mega.model.gpt import build
+from tidar_mega.parallel.mesh import build_mesh
+from tidar_mega.rows import Rows
+
+PROMPTS = [[65], [1, 2, 3, 4, 5], [200] * 30, list(range(100, 117))]
+SAMPLED = SamplingParams(max_tokens=40, temperature=1.0, seed=7)
+
+
+@pytest.fixture(scope="module")
+def model():
+    device.start_alone()
+    build_mesh(tiny_config())
+    model = build(tiny_config(), Bytes.vocab_size)
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():  # far from its start, where all ids are equally likely
+            p.add_(0.15 * torch.randn(p.shape, generator=draw))
+    return model
+
+
+def engine(model, **changes) -> Engine:
+    return Engine(model, **({"specials": Bytes(), "block": 4, "capacity": 128} | changes))
+
+
+def plain_rule(draft: list[int], choice: list[int]) -> int:
+    r = 1
+    while r < len(draft) and draft[r] == choice[r - 1]:
+        r += 1
+    return r
+
+
+def test_acceptance_is_the_rule_in_words():
+    """On all agreements and disagreements of six slots, agreements behind an error among them."""
+    draft = torch.arange(64)[:, None].bitwise_right_shift(torch.arange(6)) & 1
+    for choice in (torch.zeros(64, 6, dtype=torch.long), torch.ones(64, 6, dtype=torch.long), draft.flip(1)):
+        expected = [plain_rule(d, c) for d, c in zip(draft.tolist(), choice.tolist(), strict=True)]
+        assert accept.exact(draft, choice).tolist() == expected
+    assert accept.exact(torch.tensor([[5]]), torch.tensor([[6]])).tolist() == [1]
+
+
+@pytest.mark.parametrize("mode", ["fused", "ar"])
+@pytest.mark.parametrize("max_tokens", [1, 2, 3, 7, 40])
+def test_length_and_stop_tokens_cut_the_same_sequence(model, mode, max_tokens):
+    whole = engine(model).generate(PROMPTS, replace(SAMPLED, stop_tokens=()), "ar")
+    stop = whole[0].tokens[5]
+    for n, full in enumerate(whole):
+        for stops in ((), (stop,), (stop, full.tokens[2]), (full.tokens[0],)):
+            params = replace(SAMPLED, max_tokens=max_tokens, stop_tokens=stops)
+            (got,) = engine(model).generate([PROMPTS[n]], params, mode)
+            ends = [i + 1 for i, t in enumerate(full.tokens[:max_tokens]) if t in stops]
+            assert got.tokens == full.tokens[: min(ends, default=max_tokens)]
+            assert got.finish_reason == ("stop" if ends else "length")
+            assert got.text_tokens == (got.tokens[:-1] if ends else got.tokens)
+            assert sum(got.commits) == len(got.tokens) and got.commits[0] == 1 and min(got.commits) >= 1
+            assert len(got.accepted) == got.forwards - 1
+
+
+def test_end_of_document_stops_unless_told_otherwise(model):
+    loud = build_with_loud_eod(model)
+    (stopped,) = engine(loud).generate([[65]], SamplingParams(max_tokens=20))
+    assert stopped.tokens == [Bytes.eod] and stopped.finish_reason == "stop" and stopped.text_tokens == []
+    (endless,) = engine(loud).generate([[65]], SamplingParams(max_tokens=20, stop_tokens=()))
+    assert endless.tokens == [Bytes.eod] * 20 and endless.finish_reason == "length"
+    assert endless.tokens_per_forward > 3
+
+
+def build_with_loud_eod(model, ids=(Bytes.eod,)):
+    """A model that wants nothing but the given ids."""
+    loud = build(tiny_config(), Bytes.vocab_size)
+    loud.load_state_dict(model.state_dict())
+    loud.requires_grad_(False)
+    loud.head_weight.zero_()
+    loud.decoder.final_layernorm.weight.zero_()
+    original = loud.logits
+
+    def logits(hidden_ND):
+        found = original(hidden_ND)
+        found[..., list(ids)] += 100
+        return found
+
+    loud.logits = logits
+    return loud
+
+
+@pytest.mark.parametrize("mode", ["fused", "ar"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_that_wants_masks_and_padding_still_writes_text(model, mode, temperature):
+    greedy_for_nothing = build_with_loud_eod(model, ids=[Bytes.pad, Bytes.mask, *range(259, 320)])
+    params = SamplingParams(max_tokens=20, temperature=temperature)
+    (got,) = engine(greedy_for_nothing).generate([[65, 66]], params, mode)
+    assert max(got.tokens) <= Bytes.eod
+
+
+@pytest.mark.parametrize("capacity, length", [(31, 30), (33, 30), (128, 30), (40, 39)])
+def test_the_capacity_cuts_both_modes_alike(model, capacity, length):
+    prompt = [(7 * i) % 250 for i in range(length)]
+    outputs = [
+        engine(model, capacity=capacity, batch=b).generate(
+            [prompt, [3]], replace(SAMPLED, max_tokens=500, stop_tokens=()), m
+        )
+        for b in (1, 2)
+        for m in ("fused", "ar")
+    ]
+    assert [len(g.tokens) for g in outputs[0]] == [capacity - length, capacity - 1]
+    assert all(g.finish_reason == "length" for g in outputs[0])
+    assert all([g.tokens for g in o] == [g.tokens for g in outputs[0]] for o in outputs)
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 5, 16])
+def test_any_block_gives_ar_output(model, block):
+    """Blocks that no model was trained for, ends in the middle of a block, and requests that end at different times."""
+    params = [replace(SAMPLED, seed=i, max_tokens=5 + 9 * i, temperature=0.4 * i) for i in range(4)]
+    ar = engine(model).generate(PROMPTS, params, "ar")
+    fused = engine(model, block=block, batch=4).generate(PROMPTS, params, "fused")
+    assert [g.tokens for g in fused] == [g.tokens for g in ar]
+    if block == 1:
+        assert all(g.tokens_per_forward == 1 for g in fused)
+
+
+def test_a_hostile_draft_changes_nothing_but_the_speed(model):
+    """Whatever the drafter says, right, wrong or absurd, the output stays AR's."""
+    e = engine(model)
+    expected = [g.tokens for g in e.generate(PROMPTS, SAMPLED, "ar")]
+    step = e.forwards["fused"].step
+    draw = torch.Generator().manual_seed(0)
+    spoilers = {
+        "random": lambda d: torch.randint(256, d.shape, generator=draw),
+        "mask": lambda d: torch.full_like(d, Bytes.mask),
+        "repeat": lambda d: d[:, :1].expand_as(d),
+    }
+    for spoil in spoilers.values():
+
+        def spoiled(cache, draft_NB, sampling, spoil=spoil):
+            found = step(cache, draft_NB, sampling)
+            return replace(found, draft_NB=torch.cat([found.draft_NB[:, :1], spoil(found.draft_NB)[:, 1:]], dim=1))
+
+        e.forwards["fused"].step = spoiled
+        assert [g.tokens for g in e.generate(PROMPTS, SAMPLED, "fused")] == expected
+    e.forwards["fused"].step = lambda cache, d, s: oracle(step(cache, d, s), cache, expected)
+    perfect = e.generate(PROMPTS, SAMPLED, "fused")
+    assert [g.tokens for g in perfect] == expected
+    assert all(r == 4 for g in perfect for r in g.accepted[1:-1])
+
+
+def oracle(step, cache, expected):
+    """The draft that AR will confirm, from its known output."""
+    draft = []
+    for n, accepted in enumerate(step.accepted_N.tolist()):
+        place = cache.lengths[n] + accepted - len(PROMPTS[n])
+        draft.append((expected[n] + [0] * 99)[place : place + 4])
+    return replace(step, draft_NB=torch.cat([step.draft_NB[:, :1], torch.tensor(draft)[:, 1:]], dim=1))
+
+
+def test_nothing_is_left_behind_between_requests(model):
+    """The same engine, other requests before, one given up half-way: the same output; no key or value moves."""
+    e = engine(model)
+    first = [g.tokens for g in e.generate(PROMPTS, SAMPLED)]
+    model.train()
+    abandoned = e.stream(PROMPTS[2], SAMPLED)
+    next(abandoned), next(abandoned)
+    assert not model.training
+    abandoned.close()
+    assert model.training, "the caller's training mode must come back"
+    assert [g.tokens for g in e.generate(PROMPTS, SAMPLED)] == first
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_commit_moves_no_keys(model):
+    e = engine(model)
+    cache = e.cache(2, 64)
+    before = [k.data_ptr() for k in cache.k + cache.v]
+    plan = e.forwards["fused"].prompt_plan(5, drafts=True)
+    with torch.inference_mode():
+        sampling = e.sampling([SAMPLED])
+        step = e.forwards["fused"].prompt_chunk(plan, cache, 1, torch.tensor([[1, 2, 3, 4, 5]]), sampling)
+        kept = cache.k[0][1, :, :5].clone()
+        e.forwards["fused"].step(cache, step.draft_NB.expand(2, -1), e.sampling([SAMPLED] * 2))
+    assert torch.equal(cache.k[0][1, :, :5], kept) and cache.lengths == [0, 5]
+    assert [k.data_ptr() for k in cache.k + cache.v] == before
+
+
+def test_the_stream_yields_what_generate_gives(model):
+    commits = list(engine(model).stream(PROMPTS[3], SAMPLED))
+    (whole,) = engine(model).generate([PROMPTS[3]], SAMPLED)
+    assert [t for c in commits for t in c.tokens] == whole.tokens
+    assert [len(c.tokens) for c in commits] == whole.commits
+    assert [c.accepted for c in commits[1:]] == whole.accepted and commits[0].draft == []
+    assert all(c.finished is None for c in commits[:-1]) and commits[-1].finished == "length"
+    output = whole.tokens
+    for before, commit in enumerate(commits[1:], start=1):
+        place = sum(len(c.tokens) for c in commits[:before])
+        assert commit.draft[0] == output[place - 1], "the draft starts with AR's own last choice"
+
+
+@pytest.mark.parametrize(
+    "prompts, message",
+    [
+        ([[1], []], "prompt 1 is empty"),
+        ([[1] * 128], "at most 127"),
+        ([[1, 259]], "prompt 0 holds id 259"),
+        ([[-1]], "holds id -1"),
+        ([[Bytes.mask]], "mask"),
+        ([[Bytes.pad]], "padding"),
+    ],
+)
+@pytest.mark.parametrize("call", ["generate", "stream"])
+def test_impossible_prompts_are_refused_before_anything_runs(model, prompts, message, call):
+    with pytest.raises(UserError, match=message):
+        if call == "generate":
+            engine(model).generate(prompts, SAMPLED)
+        else:
+            engine(model).stream(prompts[-1], SAMPLED) if len(prompts) == 1 else engine(model).stream_batch(
+                prompts, SAMPLED
+            )
+
+
+def test_impossible_engines_and_calls_are_refused(model):
+    for bad in ({"block": 0}, {"capacity": 1}, {"batch": 0}, {"prefill_chunk": 0}):
+        with pytest.raises(UserError, match=next(iter(bad))):
+            engine(model, **bad)
+    with pytest.raises(UserError, match="mode = 'turbo': must be one of fused, ar"):
+        engine(model).generate([[1]], SAMPLED, "turbo")
+    with pytest.raises(UserError, match="1 sampling parameters for 2 prompts"):
+        engine(model).generate([[1], [2]], [SAMPLED])
+    assert engine(model).generate([], SAMPLED) == []
+
+
+def test_measure_and_bench_say_what_they_promise(model, capsys):
+    params = replace(SAMPLED, max_tokens=12)
+    found = measure(engine(model), PROMPTS, params)
+    assert found["identical_to_ar"] == 1 and found["tokens"] == 48
+    decode_forwards = sum(found["acceptance_histogram"])
+    assert found["tokens_per_forward"] == pytest.approx(44 / decode_forwards)
+    figures = compare(engine(model), PROMPTS, params, repeats=2)
+    assert figures["identical_to_ar"] == 1 and figures["settings"]["sampled"]["temperature"] == 1
+    assert {"tokens_per_forward_sampled", "speedup_vs_ar", "distinct_4gram"} <= set(figures)
+    show(figures)
+    assert "fused decoding, B = 4" in capsys.readouterr().out
+
+
+def test_distinct_share_counts_each_output_for_itself():
+    assert distinct_share([[1, 1, 1, 1, 1]], 4) == 0.5
+    assert distinct_share([[1, 2, 3, 4], [1, 2, 3, 4]], 4) == 1
+    assert distinct_share([[1, 2]], 4) == 1
+
+
+@dataclass
+class Windows:
+    """A validation stream of packed documents."""
+
+    samples_per_epoch: int = 6
+
+    def rows(self, index: int) -> Rows:
+        document = torch.tensor([[0] * 3 + [1] * 5 + [2] * 2 + [-1] * 2]) if index % 2 else torch.full((1, 12), -1)
+        token = torch.arange(12)[None] + 20 * index
+        return Rows(*[token] * 5, document, token, token.float())
+
+
+def test_prompts_are_the_starts_of_the_longest_pieces():
+    assert held_out_prompts(Windows(), 3, 4) == [[23, 24, 25, 26], [63, 64, 65, 66], [103, 104, 105, 106]]
+    with pytest.raises(UserError, match="3 found"):
+        held_out_prompts(Windows(), 4, 4)

@@ -1,0 +1,170 @@
+"""The `tiles` backend against the dense mask and against plain causal attention over 2S rows, forward and backward.
+
+The three take turns in one process, and the ratios are of medians, so that a busy machine slows all of them alike.
+Accuracy is the relative Frobenius error against an explicit softmax in float64.
+
+Shape suffixes: T = 2S rows, B sequences, H query heads, G key heads, F query heads of a key head, E head width.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from tidar_mega.model.attention import TrainingAttention
+from tidar_mega.rows import Rows, visible
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+RESULTS = ("out", "dq", "dk", "dv")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seq-length", type=int, default=2048, help="clean tokens of a sequence (S)")
+    parser.add_argument("--block", type=int, default=8)
+    parser.add_argument("--heads", type=int, default=8, help="query heads")
+    parser.add_argument("--kv-heads", type=int, default=2)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", choices=(*DTYPES, "both"), default="both")
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Figures for fp32 at the top level (`dense_over_tiles`, `tiles_over_causal_2s`), for each type under its name."""
+    if args.seq_length % args.block:
+        raise ValueError(f"--seq-length {args.seq_length} must be a multiple of --block {args.block}")
+    if args.heads % args.kv_heads:
+        raise ValueError(f"--heads {args.heads} must be a multiple of --kv-heads {args.kv_heads}")
+    before = torch.get_num_threads()
+    torch.set_num_threads(args.threads)
+    try:
+        names = DTYPES if args.dtype == "both" else (args.dtype,)
+        figures = {name: _measure(args, DTYPES[name]) for name in names}
+    finally:
+        torch.set_num_threads(before)
+    _print(args, figures)
+    flat = {"setting": {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str))}, **figures}
+    if "fp32" in figures:
+        flat |= {key: figures["fp32"][key] for key in ("dense_over_tiles", "tiles_over_causal_2s")}
+    if "bf16" in figures:
+        flat["dense_over_tiles_bf16"] = figures["bf16"]["dense_over_tiles"]
+        flat["tiles_over_causal_2s_bf16"] = figures["bf16"]["tiles_over_causal_2s"]
+    flat["errors"] = {name: f["errors"] for name, f in figures.items()}
+    return flat
+
+
+def doubled_rows(seq_length: int, block: int) -> Rows:
+    """One sequence of one document and its masks at block offset 0 (TiDAR, arXiv 2511.08923, section 3.1)."""
+    place = torch.arange(seq_length)
+    first = place // block * block
+    order = torch.cat([place, place])[None]
+    zero = torch.zeros_like(order)
+    horizon = torch.cat([place + 1, first])[None]
+    group = torch.cat([torch.zeros_like(place), 1 + place // block])[None]
+    return Rows(zero, order, order, horizon, group, zero, zero, zero.float())
+
+
+def _measure(args: argparse.Namespace, dtype: torch.dtype) -> dict:
+    T, scale = 2 * args.seq_length, args.head_dim**-0.5
+    draw = torch.Generator().manual_seed(0)
+    heads = (args.heads, args.kv_heads, args.kv_heads, args.heads)
+    *qkv, grad = (torch.randn(T, 1, h, args.head_dim, generator=draw).to(dtype) for h in heads)
+    qkv = [x.requires_grad_() for x in qkv]
+    rows = doubled_rows(args.seq_length, args.block)
+    began = time.perf_counter()
+    contexts = {name: TrainingAttention(rows, name) for name in ("tiles", "dense")}
+    contexts["tiles"].attend(1, *qkv, scale)  # makes the plan, which all layers of a step share
+    plan_seconds = time.perf_counter() - began
+    ways = {name: _attend(context, scale) for name, context in contexts.items()} | {"causal_2s": _causal(scale)}
+
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for repeat in range(args.repeats + 1):
+        for name, way in ways.items():
+            began = time.perf_counter()
+            results = _forward_backward(way, qkv, grad)
+            if repeat:  # the first round warms up
+                times[name].append(time.perf_counter() - began)
+            del results
+    seconds = {name: statistics.median(t) for name, t in times.items()}
+    return {
+        "dense_over_tiles": seconds["dense"] / seconds["tiles"],
+        "tiles_over_causal_2s": seconds["tiles"] / seconds["causal_2s"],
+        "milliseconds": {name: 1e3 * s for name, s in seconds.items()},
+        "first_call_milliseconds": 1e3 * plan_seconds,
+        "errors": _errors(ways, qkv, grad, rows, scale),
+    }
+
+
+def _attend(context: TrainingAttention, scale: float):
+    return lambda q, k, v: context.attend(1, q, k, v, scale)
+
+
+def _causal(scale: float):
+    def attend(*qkv: Tensor) -> Tensor:
+        q_BHTE, k_BGTE, v_BGTE = (x.permute(1, 2, 0, 3) for x in qkv)
+        out_BHTE = scaled_dot_product_attention(
+            q_BHTE, k_BGTE, v_BGTE, is_causal=True, scale=scale, enable_gqa=k_BGTE.shape[1] != q_BHTE.shape[1]
+        )
+        return out_BHTE.permute(2, 0, 1, 3)
+
+    return attend
+
+
+def _forward_backward(way, qkv: list[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
+    out = way(*qkv)
+    return out.detach(), *torch.autograd.grad(out, qkv, grad)
+
+
+def _errors(ways: dict, qkv: list[Tensor], grad: Tensor, rows: Rows, scale: float) -> dict:
+    exact = _exact(qkv, grad, rows, scale)
+    errors = {}
+    for name in ("tiles", "dense"):
+        found = _forward_backward(ways[name], qkv, grad)
+        errors[name] = {
+            key: float((a.double() - b).norm() / b.norm()) for key, a, b in zip(RESULTS, found, exact, strict=True)
+        }
+    return errors
+
+
+def _exact(qkv: list[Tensor], grad: Tensor, rows: Rows, scale: float) -> tuple[Tensor, ...]:
+    """The output and the gradients in float64, written out, one query head at a time (memory)."""
+    q, k, v = (x.detach().double() for x in qkv)
+    g, per_key = grad.double(), q.shape[2] // k.shape[2]
+    out, dq, dk, dv = torch.empty_like(q), torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    hidden_TT = ~visible(rows, rows)[0]
+    for h in range(q.shape[2]):
+        Q, K, V, G = q[:, 0, h], k[:, 0, h // per_key], v[:, 0, h // per_key], g[:, 0, h]
+        p_TT = (Q @ K.T).mul_(scale).masked_fill_(hidden_TT, float("-inf")).softmax(-1)
+        out[:, 0, h] = P_V = p_TT @ V
+        dv[:, 0, h // per_key] += p_TT.T @ G
+        ds_TT = (G @ V.T).sub_((G * P_V).sum(-1, keepdim=True)).mul_(p_TT).mul_(scale)
+        dq[:, 0, h] = ds_TT @ K
+        dk[:, 0, h // per_key] += ds_TT.T @ Q
+    return out, dq, dk, dv
+
+
+def _print(args: argparse.Namespace, figures: dict) -> None:
+    table = Table(
+        title=f"attention forward + backward, S {args.seq_length} ({2 * args.seq_length} rows), block {args.block}, "
+        f"{args.heads}/{args.kv_heads} heads of {args.head_dim}, {args.threads} thread(s), medians of {args.repeats}"
+    )
+    for column in ("type", "tiles ms", "dense ms", "causal 2S ms", "dense / tiles", "tiles / causal 2S"):
+        table.add_column(column, justify="right")
+    errors = Table(title="relative error against float64")
+    for column in ("type", "backend", *RESULTS):
+        errors.add_column(column, justify="right")
+    for name, f in figures.items():
+        ms = (f"{f['milliseconds'][way]:.0f}" for way in ("tiles", "dense", "causal_2s"))
+        table.add_row(name, *ms, f"{f['dense_over_tiles']:.2f}", f"{f['tiles_over_causal_2s']:.3f}")
+        for backend, values in f["errors"].items():
+            errors.add_row(name, backend, *(f"{values[key]:.1e}" for key in RESULTS))
+    console = Console()
+    console.print(table)
+    console.print(errors)

@@ -1,0 +1,342 @@
+"""`tidar prepare`: text -> tokenizer, and train and validation shards with an index.
+
+The order of the work, each part resumable: list and hash the sources; train or take the tokenizer; encode every
+document into a spool; shuffle the documents of each split by the seed and write them as shards; write the index last.
+Every byte of the result is a pure function of the sources and the settings, whatever the number of workers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tidar_mega.data import DataError, shards, sources
+from tidar_mega.data.corpus import Corpus
+from tidar_mega.data.progress import Progress
+from tidar_mega.data.sources import SourceFile
+from tidar_mega.data.spool import Spool, encode, ordered_map, write_shard
+from tidar_mega.data.tokenizer import SPECIALS_FILE, Tokenizer, check_vocab_size
+
+WORK = ".work"  # spool of encoded documents; removed at the end
+_BATCH = 1 << 20  # characters of text that a worker encodes at once
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("sources", nargs="+", metavar="SOURCE", help="folder, text or .jsonl file (.gz .xz .zst too), or `stdlib`")
+    add("--output", required=True, type=Path, metavar="DIR", help="where the prepared folder goes")
+    add("--vocab-size", type=int, default=4096, help="entries of a new tokenizer, at least 259 (default 4096)")
+    add("--tokenizer", type=Path, metavar="FOLDER", help="an existing tokenizer (Hugging Face files) instead")
+    add("--tokenizer-sample", default="128MB", metavar="SIZE", help="text that trains a new tokenizer (default 128MB)")
+    add("--validation-fraction", type=float, default=0.05, help="of the files; of one .jsonl's lines (default 0.05)")
+    add("--field", default="text", help="field of a .jsonl line that holds the text (default text)")
+    add("--exclude", action="append", default=[], metavar="PATTERN", help="leave out such files (repeatable)")
+    add("--errors", choices=sources.ERRORS, default="strict", help="what to do with invalid UTF-8 (default strict)")
+    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one per core)")
+    add("--shard-size", default="64MB", metavar="SIZE", help="largest shard (default 64MB)")
+    add("--seed", type=int, default=0, help="of the split and of the shuffle (default 0)")
+    add("--overwrite", action="store_true", help="replace a folder that holds another preparation")
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Makes the folder, or recognises that it is made already. Returns the figures. Raises DataError."""
+    started = time.monotonic()
+    settings = _check(args)
+    try:
+        files = sources.find(args.sources, args.exclude, args.errors, args.field)
+        args.output.mkdir(parents=True, exist_ok=True)
+        with _lock(args.output):
+            job = Job(args.output, settings, files, args.workers, args.tokenizer)
+            figures = job.run(args.overwrite)
+    except BrokenProcessPool:
+        raise DataError("a worker process was killed, most often for lack of memory: lower --workers") from None
+    except OSError as error:
+        raise _disk_error(args.output, error) from error
+    figures["seconds"] = round(time.monotonic() - started, 2)
+    _show(figures)
+    return figures
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the result, besides the sources."""
+
+    vocab_size: int | None
+    tokenizer: str | None  # fingerprint of the given one
+    tokenizer_sample: int
+    validation_fraction: float
+    field: str
+    errors: str
+    shard_bytes: int
+    seed: int
+
+
+def _check(args: argparse.Namespace) -> Settings:
+    if not 0 < args.validation_fraction < 1:
+        raise DataError(f"--validation-fraction {args.validation_fraction}: must be above 0 and below 1")
+    if args.workers < 1:
+        raise DataError(f"--workers {args.workers}: must be at least 1")
+    if args.tokenizer is None:
+        check_vocab_size(args.vocab_size)
+    given = Tokenizer.load(args.tokenizer).fingerprint if args.tokenizer else None
+    return Settings(
+        None if given else args.vocab_size,
+        given,
+        _size(args.tokenizer_sample, "--tokenizer-sample"),
+        args.validation_fraction,
+        args.field,
+        args.errors,
+        _size(args.shard_size, "--shard-size"),
+        args.seed,
+    )
+
+
+def _size(text: str, option: str) -> int:
+    digits = text.rstrip("kKmMgGiIbB ")
+    unit = text[len(digits) :].strip().upper()
+    if unit not in _UNITS or not digits.replace(".", "", 1).isdigit() or float(digits) <= 0:
+        raise DataError(f"{option} {text}: must be a size such as 64MB, 512KiB or 1GB")
+    return int(float(digits) * _UNITS[unit])
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise DataError(f"{folder}: another `tidar prepare` is at work there; wait for it or stop it") from None
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _disk_error(output: Path, error: OSError) -> DataError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        shutil.rmtree(output / WORK, ignore_errors=True)
+        return DataError(
+            f"{output}: the disk is full; no shard is half written and there is no index. The work needs about twice "
+            "the room of the finished shards: free some, then run the same command again"
+        )
+    return DataError(f"{error.filename or output}: {error.strerror or error}")
+
+
+@dataclass
+class Job:
+    output: Path
+    settings: Settings
+    files: list[SourceFile]
+    workers: int
+    tokenizer_folder: Path | None
+
+    def run(self, overwrite: bool) -> dict:
+        request = self._request()
+        if self._is_finished(request, overwrite):
+            return self._figures(shards.verify(self.output), reused=True)
+        _remove_temporary(self.output)
+        corpus = Corpus(self.files, self.settings.validation_fraction, self.settings.seed)
+        tokenizer = self._make_tokenizer(corpus)
+        spool = Spool(self.output / WORK, shards.token_dtype(tokenizer.vocab_size))
+        left_out = self._encode(corpus, spool)
+        splits = {name: self._write_split(name, number, spool) for number, name in enumerate(shards.SPLITS)}
+        index = shards.Index(spool.dtype.str, tokenizer.fingerprint, _fingerprint(request), left_out, splits)
+        shards.write_index(self.output, index)
+        shutil.rmtree(self.output / WORK)
+        return self._figures(index, reused=False)
+
+    def _request(self) -> dict:
+        """The settings, and the content of every source."""
+        sizes = [f.path.stat().st_size for f in self.files]
+        entries = []
+        with Progress("reading the sources", sum(sizes), "B") as progress, ThreadPoolExecutor(self.workers) as pool:
+            digests = pool.map(lambda f: shards.sha256(f.path), self.files)
+            for file, size, digest in zip(self.files, sizes, digests, strict=True):
+                entries.append({"name": file.name, "bytes": size, "sha256": digest, "errors": file.errors})
+                progress.advance(size)
+        return {"version": shards.VERSION, "settings": asdict(self.settings), "sources": entries}
+
+    def _is_finished(self, request: dict, overwrite: bool) -> bool:
+        """Whether the folder holds just this already; else makes it ready: emptied, or as this same work left it."""
+        path = self.output / shards.REQUEST
+        has_index = (self.output / shards.INDEX).is_file()
+        if has_index and not overwrite:
+            if shards.read_index(self.output).request == _fingerprint(request):
+                return True
+            raise DataError(
+                f"--output {self.output}: it holds another corpus or other settings (see {path}); "
+                "choose another folder, or replace it with --overwrite"
+            )
+        if not has_index and not path.is_file() and any(not p.name.startswith(".") for p in self.output.iterdir()):
+            raise DataError(f"--output {self.output}: it has files that are not of `tidar prepare`; choose another one")
+        if overwrite or not _is_same(path, request):
+            _empty(self.output)
+            shards.write_json(path, request)
+        return False
+
+    def _make_tokenizer(self, corpus: Corpus) -> Tokenizer:
+        folder = self.output / shards.TOKENIZER
+        if (folder / SPECIALS_FILE).is_file():  # left by an interrupted run of the same work
+            return Tokenizer.load(folder)
+        if self.tokenizer_folder is not None:
+            tokenizer = Tokenizer.load(self.tokenizer_folder)
+        else:
+            with Progress("training the tokenizer", None, "B") as progress:
+                texts = _counted(corpus.training_texts(self.settings.tokenizer_sample), progress)
+                tokenizer = Tokenizer.train(texts, self.settings.vocab_size)
+        tokenizer.save(folder)
+        return tokenizer
+
+    def _encode(self, corpus: Corpus, spool: Spool) -> dict[str, int]:
+        """Fills the spool. Returns how many documents were left out, by the reason."""
+        path = spool.folder / "left_out.json"
+        if not spool.is_whole():
+            counts: Counter = Counter()
+            with Progress("encoding", corpus.bytes, "B") as progress:
+                spool.write(self._encoded(corpus, spool.dtype, counts, progress))
+            shards.write_json(path, {name: counts[name] for name in ("empty", "undecodable")})
+            spool.finish()
+        left_out = json.loads(path.read_text())
+        for number, name in enumerate(shards.SPLITS):
+            if not (spool.table_3D[2] == number).any():
+                reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+                raise DataError(
+                    f"empty corpus: the {name} split has no document with text (left out: {reasons}); give more "
+                    "files, or another --seed for another choice of held-out files"
+                )
+        return left_out
+
+    def _encoded(self, corpus: Corpus, dtype, counts: Counter, progress: Progress) -> Iterator[tuple]:
+        folder = self.output / shards.TOKENIZER
+        notes: deque[tuple[list[int], int]] = deque()  # what the workers need not know of each batch
+
+        def work() -> Iterator[tuple]:
+            for texts, splits, position in _batches(corpus.documents(counts)):
+                notes.append((splits, position))
+                yield folder, dtype, texts
+
+        before = 0
+        for ids, lengths, text_bytes in ordered_map(encode, work(), self._processes(corpus.bytes)):
+            splits, position = notes.popleft()
+            progress.advance(position - before)
+            before = position
+            yield ids, lengths, text_bytes, splits
+
+    def _processes(self, size: int) -> int:
+        """Starting a process takes longer than a small corpus does."""
+        return min(self.workers, 1 + size // (4 * _BATCH))
+
+    def _write_split(self, name: str, number: int, spool: Spool) -> shards.Split:
+        folder = self.output / name
+        folder.mkdir(exist_ok=True)
+        documents = np.flatnonzero(spool.table_3D[2] == number)
+        key = hashlib.sha256(f"{self.settings.seed}/{name}".encode()).digest()
+        np.random.Generator(np.random.PCG64(int.from_bytes(key))).shuffle(documents)
+        lengths, text_bytes, _ = spool.table_3D[:, documents]
+        layout = shards.lay_out(lengths, spool.dtype.itemsize, self.settings.shard_bytes)
+        made = []
+        with Progress(f"writing {name}", len(layout.sizes), "shards") as progress:
+            work = _shard_work(spool, folder, documents, layout)
+            processes = min(len(layout.sizes), self._processes(sum(layout.sizes)))
+            for shard in ordered_map(write_shard, work, processes):
+                made.append(shard)
+                progress.advance(1)
+        digest = shards.write_documents(folder / shards.DOCUMENTS, layout)
+        return shards.Split(len(documents), int(lengths.sum()), int(text_bytes.sum()), digest, tuple(made))
+
+    def _figures(self, index: shards.Index, reused: bool) -> dict:
+        figures: dict = {"output": str(self.output), "reused": reused}
+        figures["vocab_size"] = Tokenizer.load(self.output / shards.TOKENIZER).vocab_size
+        for name, split in index.splits.items():
+            figures[name] = {
+                "documents": split.documents,
+                "tokens": split.tokens,
+                "text_bytes": split.text_bytes,
+                "bytes_per_token": round(split.text_bytes / split.tokens, 3),
+                "shards": len(split.shards),
+                "shard_bytes": sum(s.bytes for s in split.shards),
+            }
+        figures["left_out"] = index.left_out
+        return figures
+
+
+def _counted(texts: Iterator[str], progress: Progress) -> Iterator[str]:
+    for text in texts:
+        progress.advance(len(text))
+        yield text
+
+
+def _batches(documents: Iterator[tuple[str, int, int]]) -> Iterator[tuple[list[str], list[int], int]]:
+    """(texts, splits, bytes of the sources read so far), about `_BATCH` characters at once."""
+    texts, splits, size, position = [], [], 0, 0
+    for text, split, position in documents:
+        texts.append(text)
+        splits.append(split)
+        size += len(text)
+        if size >= _BATCH:
+            yield texts, splits, position
+            texts, splits, size = [], [], 0
+    if texts:
+        yield texts, splits, position
+
+
+def _shard_work(spool: Spool, folder: Path, documents: np.ndarray, layout: shards.Layout) -> Iterator[tuple]:
+    for number, size in enumerate(layout.sizes):
+        first, last = layout.borders[number : number + 2]
+        path = folder / shards.shard_name(number)
+        yield spool.folder, spool.dtype, path, first, documents[first:last], size
+
+
+def _fingerprint(request: dict) -> str:
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _is_same(path: Path, request: dict) -> bool:
+    try:
+        return _fingerprint(json.loads(path.read_text(encoding="utf-8"))) == _fingerprint(request)
+    except (OSError, ValueError):
+        return False
+
+
+def _empty(folder: Path) -> None:
+    """Removes what `prepare` has made, the index first: from then on nobody takes the folder for a whole one."""
+    (folder / shards.INDEX).unlink(missing_ok=True)
+    for name in (*shards.SPLITS, shards.TOKENIZER, WORK):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / shards.REQUEST).unlink(missing_ok=True)
+
+
+def _remove_temporary(folder: Path) -> None:
+    """Half files of a run that was killed."""
+    for path in folder.rglob(".*.tmp"):
+        path.unlink()
+
+
+def _show(figures: dict) -> None:
+    state = "is already there, unchanged" if figures["reused"] else f"made in {figures['seconds']} s"
+    print(f"{figures['output']}: {state}; vocabulary {figures['vocab_size']}")
+    for name in shards.SPLITS:
+        f = figures[name]
+        print(
+            f"  {name:10s} {f['documents']} documents, {f['tokens']} tokens, {f['text_bytes'] / 1e6:.1f} MB of text "
+            f"({f['bytes_per_token']} bytes per token), {f['shards']} shards"
+        )
+    if any(figures["left_out"].values()):
+        print("  left out:  " + ", ".join(f"{count} {reason}" for reason, count in figures["left_out"].items()))

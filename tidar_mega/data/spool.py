@@ -1,0 +1,133 @@
+"""The two parts of `tidar prepare` that run in many processes: encoding into a spool, and writing shards from it.
+
+The spool holds the ids of all documents in the order of the sources, so that shards can be written from it in any
+order. The results come back in the order of the work, so the number of workers changes no byte.
+
+Shape suffixes: D documents of the corpus.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import functools
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from tidar_mega.data import shards
+from tidar_mega.data.tokenizer import Tokenizer
+
+_IDS, _DOCUMENTS, _WHOLE = "ids.bin", "documents.npy", "whole"
+_AHEAD = 4  # pieces of work per worker that wait or run at once
+
+
+def ordered_map(function: Callable, items: Iterable[tuple], workers: int) -> Iterator:
+    """`function(*item)` of every item, in order; in this process if there is one worker, else in that many others."""
+    if workers == 1:
+        yield from (function(*item) for item in items)
+        return
+    context = multiprocessing.get_context("spawn")  # fork is not safe beside the threads of the tokenizer library
+    pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    waiting: collections.deque = collections.deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, *item))
+            if len(waiting) >= workers * _AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread per process
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed cannot stop its workers, which would wait for work for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer(folder: Path) -> Tokenizer:
+    return Tokenizer.load(folder)
+
+
+def encode(folder: Path, dtype: np.dtype, texts: list[str]) -> tuple[bytes, list[int], list[int]]:
+    """(ids of all texts, each ended by end-of-document; tokens per text; UTF-8 bytes per text)."""
+    tokenizer = _tokenizer(folder)
+    documents = [np.array([*ids, tokenizer.eod], dtype=dtype) for ids in tokenizer.encode_batch(texts)]
+    return np.concatenate(documents).tobytes(), [len(d) for d in documents], [len(t.encode("utf-8")) for t in texts]
+
+
+class Spool:
+    """Ids of all documents; `split_D`, `lengths_D`, `text_bytes_D` say what each is."""
+
+    def __init__(self, folder: Path, dtype: np.dtype) -> None:
+        self.folder, self.dtype = folder, dtype
+
+    def is_whole(self) -> bool:
+        return (self.folder / _WHOLE).is_file()
+
+    def finish(self) -> None:
+        """Marks the spool as whole."""
+        with shards.publish(self.folder / _WHOLE):
+            pass
+
+    def write(self, parts: Iterable[tuple[bytes, list[int], list[int], list[int]]]) -> None:
+        """`parts`: the ids of some documents, and their lengths, text bytes and splits."""
+        self.folder.mkdir(exist_ok=True)
+        rows: tuple[list[np.ndarray], ...] = ([], [], [])
+        with shards.publish(self.folder / _IDS) as file:
+            for ids, *columns in parts:
+                file.write(ids)
+                for row, column in zip(rows, columns, strict=True):
+                    row.append(np.array(column, dtype=np.int64))
+        table = np.stack([np.concatenate([np.zeros(0, dtype=np.int64), *row]) for row in rows])
+        with shards.publish(self.folder / _DOCUMENTS) as file:
+            np.save(file, table)
+
+    @functools.cached_property
+    def table_3D(self) -> np.ndarray:
+        """int64: tokens, text bytes and split of each document."""
+        return np.load(self.folder / _DOCUMENTS)
+
+    @functools.cached_property
+    def starts_D(self) -> np.ndarray:
+        lengths_D = self.table_3D[0]
+        return np.cumsum(lengths_D) - lengths_D
+
+    def read(self, documents: Iterable[int]) -> Iterator[np.ndarray]:
+        if os.path.getsize(self.folder / _IDS) == 0:
+            return
+        ids = np.memmap(self.folder / _IDS, dtype=self.dtype, mode="r")
+        for d in documents:
+            yield ids[self.starts_D[d] : self.starts_D[d] + self.table_3D[0, d]]
+
+
+@functools.lru_cache(maxsize=1)
+def _spool(folder: Path, dtype: np.dtype) -> Spool:
+    return Spool(folder, dtype)
+
+
+def write_shard(
+    folder: Path, dtype: np.dtype, path: Path, first: int, documents: np.ndarray, size: int
+) -> shards.Shard:
+    """Writes the shard at `path`, or takes the one that an interrupted run of the same work has left there."""
+    spool = _spool(folder, dtype)
+    if path.is_file() and path.stat().st_size == size:
+        tokens = int(spool.table_3D[0, documents].sum())
+        return shards.Shard(path.name, len(documents), tokens, size, shards.sha256(path))
+    shard = shards.write_shard(path, first, spool.read(documents.tolist()))
+    assert shard.bytes == size, f"{path}: {shard.bytes} bytes instead of {size}: the layout of a tar has changed"
+    return shard

@@ -1,0 +1,222 @@
+"""Global sample index -> packed rows. The whole state of a data stream is that one integer.
+
+Sample g of the training split is window p(g % n) of epoch g // n, where n is the number of windows of `seq_length`
+tokens and p a permutation of them keyed by (seed, epoch) that needs no memory. A window is read from the shards
+directly: a binary search for its first document, then only the bytes that it needs.
+
+Shape suffixes: N = seq_length + 1 tokens of a window, with the one that the last row predicts.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tidar_mega.data import DataError, shards
+from tidar_mega.data.pack import pack
+from tidar_mega.data.tokenizer import Tokenizer
+from tidar_mega.rows import PADDING, Rows, concatenate
+
+_OPEN_FILES = 128  # shards held open at once by one stream
+_ROUNDS = 8  # of the Feistel network
+_WORD = (1 << 64) - 1
+
+
+def open_stream(folder: str | Path, split: str, seq_length: int, seed: int, *, shift_windows: bool = False) -> Stream:
+    """Opens the train or validation split of a folder made by `tidar prepare`.
+
+    Args:
+        seq_length: tokens of a window (S).
+        seed: decides the order of the training windows; validation is in the order of the corpus.
+        shift_windows: begin the windows of every training epoch at another token, so that borders move.
+
+    Raises DataError if a shard is missing or has not the size of the index, if the tokenizer is not the one that made
+    the shards, or if the split is shorter than one window.
+    """
+    folder = Path(folder)
+    if split not in shards.SPLITS:
+        raise DataError(f"split {split!r}: must be one of {', '.join(shards.SPLITS)}")
+    index = shards.read_index(folder)
+    shards.check_sizes(folder, split, index)
+    tokenizer = Tokenizer.load(folder / shards.TOKENIZER)
+    if tokenizer.fingerprint != index.tokenizer:
+        raise DataError(
+            f"{folder / shards.TOKENIZER}: not the tokenizer that made the shards beside it "
+            f"(fingerprint {tokenizer.fingerprint[:12]}, the index says {index.tokenizer[:12]}); "
+            "put the right one back, or run `tidar prepare` again with --overwrite"
+        )
+    return Stream(folder, split, seq_length, seed, index, tokenizer, shift_windows)
+
+
+class Stream:
+    """Rows by global sample index; see `open_stream`."""
+
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        seq_length: int,
+        seed: int,
+        index: shards.Index,
+        tokenizer: Tokenizer,
+        shift_windows: bool,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.tokenizer_folder = folder / shards.TOKENIZER
+        self.fingerprint = index.fingerprint
+        self.seq_length = seq_length
+        self.is_train = split == "train"
+        self._seed = seed
+        self._shift_windows = shift_windows and self.is_train
+        self._tokens = index.splits[split].tokens
+        self._reader = Reader(folder / split, index, split)
+        self.samples_per_epoch = self._count_samples()
+        if self.samples_per_epoch == 0:
+            raise DataError(
+                f"{folder}: the {split} split has {self._tokens} tokens, fewer than one window; "
+                f"lower data.seq_length (now {seq_length}) or prepare a larger corpus"
+            )
+
+    def _count_samples(self) -> int:
+        """Training drops the window that the corpus ends in; validation pads it."""
+        if not self.is_train:
+            return -(-self._tokens // self.seq_length)
+        usable = self._tokens - (self.seq_length - 1 if self._shift_windows else 0)
+        return max(0, usable) // self.seq_length
+
+    def rows(self, global_index: int) -> Rows:
+        """Clean rows [1, S] (CPU) of one sample. Raises DataError if a shard is damaged there."""
+        first = self._first_token(global_index)
+        token_N, document_N = self._reader.window(first, self.seq_length + 1)
+        found = len(token_N)
+        token = torch.full((self.seq_length + 1,), self.tokenizer.pad, dtype=torch.int64)
+        document = torch.full_like(token, PADDING)
+        token[:found] = torch.from_numpy(token_N)
+        document[:found] = torch.from_numpy(document_N)
+        if int(token.max()) >= self.tokenizer.vocab_size:
+            raise DataError(
+                f"{self._reader.folder}: sample {global_index} has id {int(token.max())}, but the tokenizer has "
+                f"{self.tokenizer.vocab_size}: a shard is damaged; check all with `tidar doctor --data`"
+            )
+        return pack(token, document)
+
+    def batch(self, first_index: int, count: int) -> Rows:
+        """Clean rows [count, S] of consecutive samples."""
+        return concatenate([self.rows(i) for i in range(first_index, first_index + count)], dim=0)
+
+    def _first_token(self, global_index: int) -> int:
+        epoch, place = divmod(global_index, self.samples_per_epoch)
+        if not self.is_train:
+            return place * self.seq_length
+        shift = _keyed(self._seed, "shift", epoch) % self.seq_length if self._shift_windows else 0
+        return permute(place, self.samples_per_epoch, self._seed, epoch) * self.seq_length + shift
+
+
+class Reader:
+    """Random access to the tokens of one split, by their number."""
+
+    def __init__(self, folder: Path, index: shards.Index, split: str) -> None:
+        self.folder = folder
+        self._dtype = np.dtype(index.dtype)
+        part = index.splits[split]
+        self._names = [shard.name for shard in part.shards]
+        self._first_documents = np.cumsum([0] + [shard.documents for shard in part.shards])
+        self._starts, self._offsets = np.load(folder / shards.DOCUMENTS, mmap_mode="r", allow_pickle=False)
+        self._descriptor = functools.lru_cache(maxsize=_OPEN_FILES)(self._open)
+
+    def window(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens first..first + count - 1, fewer at the end of the split, as (ids, running document number), int64."""
+        ids, numbers = [], []
+        end = min(first + count, int(self._starts[-1]))
+        document = int(np.searchsorted(self._starts, first, side="right")) - 1
+        while first < end:
+            start, stop = int(self._starts[document]), int(self._starts[document + 1])
+            ids.append(self._read(document, stop - start, first - start, min(end, stop) - start))
+            numbers.append(len(ids[-1]))
+            first, document = min(end, stop), document + 1
+        return np.concatenate(ids).astype(np.int64), np.repeat(np.arange(len(numbers)), numbers)
+
+    def _read(self, document: int, length: int, first: int, stop: int) -> np.ndarray:
+        """Ids first..stop-1 of a document of `length` tokens. `pread`, as a cut file would kill a reader of a map."""
+        shard = int(np.searchsorted(self._first_documents, document, side="right")) - 1
+        file = self._descriptor(shard)
+        offset, itemsize = int(self._offsets[document]), self._dtype.itemsize
+        header = os.pread(file.number, shards.HEADERS, offset - shards.HEADERS)
+        content = os.pread(file.number, (stop - first) * itemsize, offset + first * itemsize)
+        if not _is_header(header, document, length * itemsize) or len(content) != (stop - first) * itemsize:
+            raise DataError(
+                f"{self.folder / self._names[shard]}: damaged at byte {offset}: document {document} with {length} "
+                "tokens is not there; restore the file, or run `tidar prepare` again with --overwrite"
+            )
+        return np.frombuffer(content, dtype=self._dtype)
+
+    def _open(self, shard: int) -> _File:
+        return _File(self.folder / self._names[shard])
+
+
+class _File:
+    """A file descriptor that is closed with the last user of this object."""
+
+    def __init__(self, path: Path) -> None:
+        self.number = -1
+        try:
+            self.number = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be opened ({error.strerror})") from None
+
+    def __del__(self) -> None:
+        if self.number >= 0:
+            os.close(self.number)
+
+
+def _is_header(header: bytes, document: int, size: int) -> bool:
+    """Whether these are the tar and npy headers of `document` with `size` bytes of ids."""
+    name = f"{shards.key(document)}.npy".encode() + b"\0"
+    octal = b"%011o\0" % (shards.NPY_HEADER + size)
+    magic = header[shards.TAR_BLOCK : shards.TAR_BLOCK + 6]
+    return header.startswith(name) and header[124:136] == octal and magic == b"\x93NUMPY"
+
+
+def permute(place: int, count: int, seed: int, epoch: int) -> int:
+    """Where `place` of 0..count-1 goes in a pseudo-random permutation keyed by (seed, epoch); O(1) memory.
+
+    A Feistel network over the next power of four, walked until it falls inside (cycle walking: Black and Rogaway,
+    "Ciphers with arbitrary finite domains", 2002, section 4).
+    """
+    half = max(1, ((count - 1).bit_length() + 1) // 2)
+    keys = _round_keys(seed, epoch)
+    assert 0 <= place < count
+    while True:
+        place = _feistel(place, half, keys)
+        if place < count:
+            return place
+
+
+def _feistel(value: int, half: int, keys: tuple[int, ...]) -> int:
+    mask = (1 << half) - 1
+    left, right = value >> half, value & mask
+    for round_key in keys:
+        left, right = right, left ^ (_mix(right ^ round_key) & mask)
+    return left << half | right
+
+
+def _mix(x: int) -> int:
+    """The finaliser of splitmix64."""
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & _WORD
+    x = (x ^ x >> 27) * 0x94D049BB133111EB & _WORD
+    return x ^ x >> 31
+
+
+@functools.lru_cache(maxsize=16)
+def _round_keys(seed: int, epoch: int) -> tuple[int, ...]:
+    return tuple(_keyed(seed, f"round {i}", epoch) for i in range(_ROUNDS))
+
+
+def _keyed(seed: int, purpose: str, epoch: int) -> int:
+    """64 bits that are a pure function of the arguments."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}/{epoch}".encode()).digest()[:8], "little")

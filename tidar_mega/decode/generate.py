@@ -1,0 +1,70 @@
+"""`tidar generate`: a prompt in, a continuation out, printed as tokens are committed."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from tidar_mega.config import UserError
+from tidar_mega.data.tokenizer import Tokenizer
+from tidar_mega.decode.load import load_engine
+
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+
+
+def run(path: Path, overrides: list[str], prompt: str, show_commits: bool) -> dict:
+    """Prints the continuation; returns its text, tokens and what each forward committed.
+
+    With `show_commits`, a bar stands behind the tokens of each forward. Raises UserError.
+    """
+    loaded = load_engine(path, overrides)
+    tokens = loaded.tokenizer.encode(prompt)
+    if not tokens:
+        raise UserError("the prompt is empty: there is nothing to continue; give --prompt some text")
+    printer = _Printer(loaded.tokenizer, prompt)
+    started = time.perf_counter()
+    commits = []
+    for commit in loaded.engine.stream(tokens, loaded.params, loaded.config.decode.mode):
+        commits.append(commit.tokens)
+        printer.add(commit.tokens[:-1] if commit.finished == "stop" else commit.tokens)
+        if show_commits:
+            printer.mark()
+    printer.end()
+    seconds = time.perf_counter() - started
+    return _summary(printer.text, commits, seconds, show_commits)
+
+
+def _summary(text: str, commits: list[list[int]], seconds: float, show: bool) -> dict:
+    counts = [len(tokens) for tokens in commits]
+    later = counts[1:]  # the prompt's forward always gives one token
+    per_forward = sum(later) / len(later) if later else 1.0
+    if show:
+        print(f"tokens of each forward: {' '.join(map(str, counts))}")
+        speed = sum(counts) / seconds
+        print(f"{sum(counts)} tokens, {len(counts)} forwards, {per_forward:.2f} tokens per forward, {speed:.0f} tokens/s")
+    return {"text": text, "commits": commits, "tokens_per_forward": per_forward, "seconds": seconds}
+
+
+class _Printer:
+    """Prints text as soon as its bytes are whole: a token may end in the middle of a character."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: str) -> None:
+        self.tokenizer = tokenizer
+        self.tokens: list[int] = []
+        self.text = ""
+        print(prompt, end="", flush=True)
+
+    def add(self, tokens: list[int]) -> None:
+        self.tokens += tokens
+        self._print(self.tokenizer.decode(self.tokens).rstrip(_UNFINISHED))
+
+    def mark(self) -> None:
+        print("\x1b[2m|\x1b[0m", end="", flush=True)
+
+    def end(self) -> None:
+        self._print(self.tokenizer.decode(self.tokens))
+        print(flush=True)
+
+    def _print(self, whole: str) -> None:
+        print(whole[len(self.text) :], end="", flush=True)
+        self.text = whole

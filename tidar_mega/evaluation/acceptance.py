@@ -1,0 +1,83 @@
+"""Tokens per forward by real decoding: fused against AR on the same held-out prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from time import perf_counter
+
+import torch
+
+from tidar_mega.config import UserError
+from tidar_mega.data.stream import Stream
+from tidar_mega.decode.engine import Engine, Generation
+from tidar_mega.decode.sampling import SamplingParams
+
+
+def held_out_prompts(stream: Stream, count: int, length: int) -> list[list[int]]:
+    """`count` prompts of `length` tokens from windows spread evenly over a validation stream, always the same.
+
+    Each is the start of the longest piece of one document in its window. Raises UserError if too few windows have a
+    piece that long.
+    """
+    pieces = (_longest_piece(stream, i) for i in range(stream.samples_per_epoch))
+    long_enough = [piece[:length] for piece in pieces if len(piece) >= length]
+    if len(long_enough) < count:
+        raise UserError(
+            f"{count} held-out prompts of {length} tokens wanted, {len(long_enough)} found: lower either, "
+            "or prepare more text"
+        )
+    return [long_enough[i * len(long_enough) // count] for i in range(count)]
+
+
+def _longest_piece(stream: Stream, index: int) -> list[int]:
+    rows = stream.rows(index)
+    document_S = rows.document[0]
+    size = torch.bincount(document_S[document_S >= 0])
+    return rows.token[0, document_S == size.argmax()].tolist() if len(size) else []
+
+
+def measure(engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams) -> dict:
+    """Decodes every prompt in both modes, each request with a seed of its own.
+
+    tokens_per_forward    output tokens per fused forward behind the prompt's, over all prompts
+    identical_to_ar       share of prompts whose fused output equals AR's, token for token
+    distinct_4gram        share of distinct 4-grams within an output, over all prompts: text that loops is accepted easily
+    acceptance_histogram  forwards that confirmed 1, 2, .. B draft tokens
+    fused_seconds, ar_seconds  wall time of everything, the prompts included
+    tokens                output tokens of the fused run
+    """
+    own = [params.for_request(i) for i in range(len(prompts))]
+    fused, fused_seconds = _timed(engine, prompts, own, "fused")
+    ar, ar_seconds = _timed(engine, prompts, own, "ar")
+    return summarise(engine.block, fused, ar) | {"fused_seconds": fused_seconds, "ar_seconds": ar_seconds}
+
+
+def summarise(block: int, fused: Sequence[Generation], ar: Sequence[Generation]) -> dict:
+    """`measure` without the times, from outputs of both modes."""
+    histograms = [g.acceptance_histogram(block) for g in fused]
+    return {
+        "tokens_per_forward": tokens_per_forward(fused),
+        "identical_to_ar": sum(f.tokens == a.tokens for f, a in zip(fused, ar, strict=True)) / max(len(fused), 1),
+        "distinct_4gram": distinct_share([g.tokens for g in fused], 4),
+        "acceptance_histogram": [sum(column) for column in zip(*histograms, strict=True)] or [0] * block,
+        "tokens": sum(len(g.tokens) for g in fused),
+    }
+
+
+def tokens_per_forward(generations: Sequence[Generation]) -> float:
+    """Output tokens per forward behind the prompts' own, all requests pooled; 1 where there was none."""
+    commits = [c for g in generations for c in g.commits[1:]]
+    return sum(commits) / len(commits) if commits else 1.0
+
+
+def distinct_share(outputs: Sequence[Sequence[int]], length: int) -> float:
+    """Share of an output's n-grams that are distinct, pooled over outputs (each counted for itself); 1 without any."""
+    grams = [[tuple(t[i : i + length]) for i in range(len(t) - length + 1)] for t in outputs]
+    total = sum(len(g) for g in grams)
+    return sum(len(set(g)) for g in grams) / total if total else 1.0
+
+
+def _timed(engine: Engine, prompts, params, mode: str) -> tuple[list[Generation], float]:
+    started = perf_counter()
+    generations = engine.generate(prompts, params, mode)
+    return generations, perf_counter() - started
