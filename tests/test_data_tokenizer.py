@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,9 +96,15 @@ def test_training_is_the_same_in_another_process_with_another_number_of_threads(
         "from tidar_mega.data.tokenizer import Tokenizer; from tests.test_data_tokenizer import WORDS; "
         "print(Tokenizer.train(iter(WORDS), 300).fingerprint)"
     )
+    root = Path(__file__).parent.parent
     for threads in ("1", "3"):
         made = subprocess.run(
-            [sys.executable, "-c", code], env={"RAYON_NUM_THREADS": threads}, capture_output=True, text=True, check=True
+            [sys.executable, "-c", code],
+            cwd=root,
+            env={"RAYON_NUM_THREADS": threads},
+            capture_output=True,
+            text=True,
+            check=True,
         )
         assert made.stdout.strip() == Tokenizer.train(iter(WORDS), 300).fingerprint
 

@@ -7,6 +7,7 @@ Shape suffixes: N requests, C places, V ids.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -154,6 +155,24 @@ def test_a_mixed_batch_chooses_as_each_request_alone():
         alone = choose(logits[n : n + 1].clone(), order[n : n + 1], Sampling.of([p], [0, 63], 64))
         assert torch.equal(alone[0], together[n])
     assert torch.equal(together[0], logits[0, :, 1:63].argmax(dim=-1) + 1)
+
+
+@pytest.mark.parametrize("sharpness", [0.01, 1.0, 4.0, 10.0])
+def test_looking_at_few_ids_first_changes_nothing(sharpness):
+    """Flat and peaked rows, alone and beside each other, in a vocabulary much larger than FEW."""
+    params = [SamplingParams(temperature=1, top_p=p, top_k=k, seed=1) for p in (0.3, 0.95, 1) for k in (0, 40)]
+    logits = sharpness * torch.randn(6, 7, 2000, generator=torch.Generator().manual_seed(0))
+    order = torch.arange(42).view(6, 7)
+    sampling = Sampling.of(params, [], 2000)
+    assert sampling.try_few
+    found = choose(logits.clone(), order, sampling)
+    assert torch.equal(found, choose(logits.clone(), order, replace(sampling, try_few=False)))
+    for n, p in enumerate(params):
+        for c in range(7):
+            alone = choose(
+                logits[n : n + 1, c : c + 1].clone(), order[n : n + 1, c : c + 1], Sampling.of([p], [], 2000)
+            )
+            assert alone == found[n, c] and int(alone) in kept_ids(logits[n, c].tolist(), 1.0, p.top_k, p.top_p)
 
 
 def test_a_choice_depends_on_nothing_but_logits_place_and_seed():

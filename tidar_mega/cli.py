@@ -6,15 +6,27 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 
 from tidar_mega import config as config_module
 from tidar_mega.config import Config, UserError
 
 
+# What megatron-core and torch say at import and inside their own calls, on every rank; `tidar doctor` says it once.
+_THEIR_WARNINGS = r"(megatron|torch)\."
+
+
 def main(argv: list[str] | None = None) -> int:
+    warnings.filterwarnings("ignore", module=_THEIR_WARNINGS)
     arguments = sys.argv[1:] if argv is None else argv
-    args = _parser(arguments).parse_args(arguments)
+    parser = _parser(arguments)
+    args, rest = parser.parse_known_args(arguments)
+    overrides = [a for a in rest if "=" in a and not a.startswith("-") and "overrides" in args]
+    if overrides != rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # settings may also stand behind options
+        args.overrides += rest
     try:
         return args.verb(args) or 0
     except UserError as error:

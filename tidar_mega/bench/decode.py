@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def compare(engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams, repeats: int) -> dict:
-    """Both modes on the same prompts, greedy and at temperature 1: what `measure` says, and medians of interleaved times.
+    """Both modes on the same prompts, greedy and at temperature 1: what `measure` says, and medians of times.
 
     tokens_per_forward, distinct_4gram, speedup_vs_ar   greedy; with the suffix _sampled: temperature 1
     identical_to_ar                                     share of outputs equal to AR's, over both

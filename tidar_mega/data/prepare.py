@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ from tidar_mega.data.tokenizer import SPECIALS_FILE, Tokenizer, check_vocab_size
 
 WORK = ".work"  # spool of encoded documents; removed at the end
 _BATCH = 1 << 20  # characters of text that a worker encodes at once
+_ENCODED, _WRITTEN = 1 << 22, 1 << 28  # bytes of sources and of shards that are worth another process
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -230,18 +232,19 @@ class Job:
         def work() -> Iterator[tuple]:
             for texts, splits, position in _batches(corpus.documents(counts)):
                 notes.append((splits, position))
-                yield folder, dtype, texts
+                yield dtype, texts
 
         before = 0
-        for ids, lengths, text_bytes in ordered_map(encode, work(), self._processes(corpus.bytes)):
+        load = partial(Tokenizer.load, folder)
+        for ids, lengths, text_bytes in ordered_map(load, encode, work(), self._processes(corpus.bytes, _ENCODED)):
             splits, position = notes.popleft()
             progress.advance(position - before)
             before = position
             yield ids, lengths, text_bytes, splits
 
-    def _processes(self, size: int) -> int:
-        """Starting a process takes longer than a small corpus does."""
-        return min(self.workers, 1 + size // (4 * _BATCH))
+    def _processes(self, size: int, worth: int) -> int:
+        """Starting a process takes longer than `worth` bytes of the work do."""
+        return min(self.workers, 1 + size // worth)
 
     def _write_split(self, name: str, number: int, spool: Spool) -> shards.Split:
         folder = self.output / name
@@ -253,9 +256,9 @@ class Job:
         layout = shards.lay_out(lengths, spool.dtype.itemsize, self.settings.shard_bytes)
         made = []
         with Progress(f"writing {name}", len(layout.sizes), "shards") as progress:
-            work = _shard_work(spool, folder, documents, layout)
-            processes = min(len(layout.sizes), self._processes(sum(layout.sizes)))
-            for shard in ordered_map(write_shard, work, processes):
+            work = _shard_work(folder, documents, layout)
+            processes = min(len(layout.sizes), self._processes(sum(layout.sizes), _WRITTEN))
+            for shard in ordered_map(partial(Spool, spool.folder, spool.dtype), write_shard, work, processes):
                 made.append(shard)
                 progress.advance(1)
         digest = shards.write_documents(folder / shards.DOCUMENTS, layout)
@@ -297,11 +300,11 @@ def _batches(documents: Iterator[tuple[str, int, int]]) -> Iterator[tuple[list[s
         yield texts, splits, position
 
 
-def _shard_work(spool: Spool, folder: Path, documents: np.ndarray, layout: shards.Layout) -> Iterator[tuple]:
+def _shard_work(folder: Path, documents: np.ndarray, layout: shards.Layout) -> Iterator[tuple]:
     for number, size in enumerate(layout.sizes):
         first, last = layout.borders[number : number + 2]
         path = folder / shards.shard_name(number)
-        yield spool.folder, spool.dtype, path, first, documents[first:last], size
+        yield path, first, documents[first:last], size
 
 
 def _fingerprint(request: dict) -> str:

@@ -24,7 +24,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from webdataset import TarWriter
 
 from tidar_mega.data import DataError
 
@@ -213,6 +212,8 @@ def shard_name(number: int) -> str:
 
 def write_shard(path: Path, first: int, documents: Iterable[np.ndarray]) -> Shard:
     """Writes documents `first`, `first` + 1, ... as one tar; the same bytes every time."""
+    from webdataset import TarWriter  # imports torch, which nothing else here needs
+
     count = tokens = 0
     with publish(path) as file, TarWriter(file, mtime=0, encoder=False) as tar:
         for ids in documents:

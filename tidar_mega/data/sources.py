@@ -24,7 +24,7 @@ ERRORS = ("strict", "replace", "skip")
 STDLIB = "stdlib"
 
 _DAMAGE = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, zstandard.ZstdError)
-_TEST_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+_NOT_OF_STDLIB = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages"})
 
 
 @dataclass(frozen=True)
@@ -96,16 +96,15 @@ def _expand(source: str, errors: str, field: str) -> Iterator[SourceFile]:
 def _stdlib(field: str) -> Iterator[SourceFile]:
     """Python's own library without its tests; the few files of other encodings are left out."""
     root = Path(sysconfig.get_path("stdlib"))
-    for path in _walk(root):
-        inner = path.relative_to(root)
-        if path.suffix == ".py" and not _TEST_FOLDERS.intersection(inner.parts[:-1]):
-            yield SourceFile(f"{STDLIB}/{inner.as_posix()}", path, "skip", field)
+    for path in _walk(root, _NOT_OF_STDLIB):
+        if path.suffix == ".py":
+            yield SourceFile(f"{STDLIB}/{path.relative_to(root).as_posix()}", path, "skip", field)
 
 
-def _walk(root: Path) -> list[Path]:
+def _walk(root: Path, left_out: frozenset[str] = frozenset()) -> list[Path]:
     files = []
     for folder, inner_folders, names in os.walk(root):
-        inner_folders[:] = [n for n in inner_folders if not n.startswith(".") and n != "__pycache__"]
+        inner_folders[:] = [n for n in inner_folders if n[0] != "." and n != "__pycache__" and n not in left_out]
         files += [Path(folder) / name for name in names if not name.startswith(".")]
     return sorted((f for f in files if f.is_file()), key=lambda f: f.relative_to(root).as_posix())
 

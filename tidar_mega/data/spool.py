@@ -17,6 +17,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,17 +28,21 @@ _IDS, _DOCUMENTS, _WHOLE = "ids.bin", "documents.npy", "whole"
 _AHEAD = 4  # pieces of work per worker that wait or run at once
 
 
-def ordered_map(function: Callable, items: Iterable[tuple], workers: int) -> Iterator:
-    """`function(*item)` of every item, in order; in this process if there is one worker, else in that many others."""
+def ordered_map(open_tool: Callable, function: Callable, items: Iterable[tuple], workers: int) -> Iterator:
+    """`function(tool, *item)` of every item, in order, where every process has its own `tool = open_tool()`.
+
+    In this process if there is one worker, else in that many others.
+    """
     if workers == 1:
-        yield from (function(*item) for item in items)
+        tool = open_tool()
+        yield from (function(tool, *item) for item in items)
         return
     context = multiprocessing.get_context("spawn")  # fork is not safe beside the threads of the tokenizer library
-    pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (open_tool,))
     waiting: collections.deque = collections.deque()
     try:
         for item in items:
-            waiting.append(pool.submit(function, *item))
+            waiting.append(pool.submit(_call, function, item))
             if len(waiting) >= workers * _AHEAD:
                 yield waiting.popleft().result()
         while waiting:
@@ -46,10 +51,18 @@ def ordered_map(function: Callable, items: Iterable[tuple], workers: int) -> Ite
         pool.shutdown(cancel_futures=True)
 
 
-def _start_worker() -> None:
+_worker: dict[str, Any] = {}  # the tool of a worker process; empty in any other
+
+
+def _start_worker(open_tool: Callable) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread per process
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    _worker["tool"] = open_tool()
+
+
+def _call(function: Callable, item: tuple) -> Any:
+    return function(_worker["tool"], *item)
 
 
 def _end_with_parent() -> None:
@@ -58,14 +71,8 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-@functools.lru_cache(maxsize=1)
-def _tokenizer(folder: Path) -> Tokenizer:
-    return Tokenizer.load(folder)
-
-
-def encode(folder: Path, dtype: np.dtype, texts: list[str]) -> tuple[bytes, list[int], list[int]]:
+def encode(tokenizer: Tokenizer, dtype: np.dtype, texts: list[str]) -> tuple[bytes, list[int], list[int]]:
     """(ids of all texts, each ended by end-of-document; tokens per text; UTF-8 bytes per text)."""
-    tokenizer = _tokenizer(folder)
     documents = [np.array([*ids, tokenizer.eod], dtype=dtype) for ids in tokenizer.encode_batch(texts)]
     return np.concatenate(documents).tobytes(), [len(d) for d in documents], [len(t.encode("utf-8")) for t in texts]
 
@@ -115,16 +122,8 @@ class Spool:
             yield ids[self.starts_D[d] : self.starts_D[d] + self.table_3D[0, d]]
 
 
-@functools.lru_cache(maxsize=1)
-def _spool(folder: Path, dtype: np.dtype) -> Spool:
-    return Spool(folder, dtype)
-
-
-def write_shard(
-    folder: Path, dtype: np.dtype, path: Path, first: int, documents: np.ndarray, size: int
-) -> shards.Shard:
+def write_shard(spool: Spool, path: Path, first: int, documents: np.ndarray, size: int) -> shards.Shard:
     """Writes the shard at `path`, or takes the one that an interrupted run of the same work has left there."""
-    spool = _spool(folder, dtype)
     if path.is_file() and path.stat().st_size == size:
         tokens = int(spool.table_3D[0, documents].sum())
         return shards.Shard(path.name, len(documents), tokens, size, shards.sha256(path))

@@ -54,9 +54,9 @@ def mask_bias(rows: Rows, heads_per_key: int, dtype: torch.dtype) -> Tensor:
 class CachedAttention:
     """The attention context of one forward: T new rows of the requests `requests` (a slice of the cache).
 
-    Exact attention, softmax in float32 or better. The query heads of a key head are folded into rows, so keys are neither
-    repeated nor read twice. Requests of one length need one product over [committed | new]; else the committed part is
-    padded to the longest and the two parts meet in the softmax.
+    Exact attention, softmax in float32 or better. The query heads of a key head are folded into rows, so that keys are
+    neither repeated nor read twice. Requests of one length need one product over [committed | new]; else the committed
+    part is padded to the longest and the two parts meet in the softmax.
     """
 
     def __init__(self, cache: KVCache, bias_QT: Tensor, requests: slice) -> None:

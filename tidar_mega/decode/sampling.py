@@ -1,9 +1,9 @@
 """Choosing tokens: greedy and coupled sampling, one function for the AR half and for the draft alike.
 
 Sampling is argmax(logits / T + Gumbel noise), which draws from softmax(logits / T) (Gumbel-max trick). The noise is a
-pure function of (seed, order, token id): AR and draft see the same noise at a place, so fused decoding gives exactly the
-sequence that plain AR sampling with this seed gives, and the shared noise makes drafts agree often. No generator has a
-state, so nothing depends on batching, on the layout or on which forward asked.
+pure function of (seed, order, token id): AR and draft see the same noise at a place, so fused decoding gives exactly
+the sequence that plain AR sampling with this seed gives, and the shared noise makes drafts agree often. No generator
+has a state, so nothing depends on batching, on the layout or on which forward asked.
 
 Shape suffixes: N requests, C choices of a request, V vocabulary ids of this tensor-parallel rank, K most likely ids.
 """
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tidar_mega.config import UserError
 
+FEW = 256  # on a CPU, sorting this many of a row's logits is far cheaper than sorting all, and mostly enough for top-p
 LOWEST_TEMPERATURE = 1e-3  # below it, logits / T leaves float32's useful range; 0 is greedy
 
 
@@ -72,25 +73,31 @@ class Sampling:
 
     scale_N      float32, 1 / temperature (1 where greedy)
     noisy_N      float32, 0 where greedy, else 1
-    seed_N       int64
+    key_N        int64, hashed from the seed
+    count_V      int64, what each id of the slice adds to a place's key
     top_k_N      int64, at least 1
     top_p_N      float32, above 1 where nothing is to be filtered
+    no_top_k_N   bool, top-k keeps all ids
     unfiltered_N bool, neither top-k nor top-p
     forbidden    int64, local indices of the ids that are no text and never chosen
     first_id     global id of the slice's first logit
     candidates   how many of the most likely ids the filters must look at; 0 = no filter
+    try_few      the filters may look at FEW ids first
     group        tensor-parallel group that holds the other slices; None = this is the whole vocabulary
     """
 
     scale_N: Tensor
     noisy_N: Tensor
-    seed_N: Tensor
+    key_N: Tensor
+    count_V: Tensor
     top_k_N: Tensor
     top_p_N: Tensor
+    no_top_k_N: Tensor
     unfiltered_N: Tensor
     forbidden: Tensor
     first_id: int
     candidates: int
+    try_few: bool
     greedy: bool
     group: dist.ProcessGroup | None
 
@@ -112,16 +119,19 @@ class Sampling:
         return cls(
             scale_N=torch.tensor([1 / (p.temperature or 1) for p in params], **real),
             noisy_N=torch.tensor([float(not p.is_greedy) for p in params], **real),
-            seed_N=torch.tensor([p.seed for p in params], dtype=torch.int64, device=device),
+            key_N=_seed_key(torch.tensor([p.seed for p in params], dtype=torch.int64, device=device)),
+            count_V=_id_counts(first, vocab, device),
             top_k_N=torch.tensor(top_k, device=device),
             # cumulated float32 probabilities reach 1 early: "all" must not be a comparison with 1
             top_p_N=torch.tensor([p.top_p if p.top_p < 1 else 2.0 for p in params], **real),
+            no_top_k_N=torch.tensor([k == total for k in top_k], device=device),
             unfiltered_N=torch.tensor([not f for f in filters], device=device),
             forbidden=torch.tensor([i - first for i in forbidden if 0 <= i - first < vocab], dtype=torch.int64).to(
                 device
             ),
             first_id=first,
             candidates=max((k for k, f in zip(top_k, filters, strict=True) if f), default=0),
+            try_few=group is None and all(k <= FEW or k == total for k in top_k) and torch.device(device).type == "cpu",
             greedy=all(p.is_greedy for p in params),
             group=group if group is not None and group.size() > 1 else None,
         )
@@ -137,8 +147,8 @@ def choose(logits_NCV: Tensor, order_NC: Tensor, sampling: Sampling) -> Tensor:
     if sampling.greedy:
         return _argmax(logits_NCV, sampling)
     scaled_NCV = logits_NCV * sampling.scale_N[:, None, None]
-    noise_NCV = gumbel(sampling.seed_N[:, None], order_NC, sampling.first_id, scaled_NCV.shape[-1])
-    score_NCV = noise_NCV.mul_(sampling.noisy_N[:, None, None]).add_(scaled_NCV)
+    score_NCV = _noise(sampling.key_N[:, None], order_NC, sampling.count_V)
+    score_NCV = score_NCV.mul_(sampling.noisy_N[:, None, None]).add_(scaled_NCV)
     if sampling.candidates:
         score_NCV.masked_fill_(scaled_NCV < _threshold(scaled_NCV, sampling), -torch.inf)
     return _argmax(score_NCV, sampling)
@@ -151,9 +161,20 @@ def gumbel(seed: Tensor, order: Tensor, first_id: int, count: int) -> Tensor:
     hashed from seed and order, and the ids count on from there; only integer arithmetic that wraps, so equal on every
     device. 40 bits make an exponential E = -log(1 - u), exact to float32 where it is small and the noise -log(E) large.
     """
-    key = _mix(_mix(seed + _GOLDEN) + (order + 1) * _GOLDEN)
-    ids_V = torch.arange(first_id + 1, first_id + 1 + count, device=order.device) * _GOLDEN
-    bits = _shift_right(_mix(key[..., None] + ids_V), 24)
+    return _noise(_seed_key(seed), order, _id_counts(first_id, count, order.device))
+
+
+def _seed_key(seed: Tensor) -> Tensor:
+    return _mix(seed + _GOLDEN)
+
+
+def _id_counts(first_id: int, count: int, device) -> Tensor:
+    return torch.arange(first_id + 1, first_id + 1 + count, device=device) * _GOLDEN
+
+
+def _noise(seed_key: Tensor, order: Tensor, count_V: Tensor) -> Tensor:
+    key = _mix(seed_key + (order + 1) * _GOLDEN)
+    bits = _shift_right(_mix(key[..., None] + count_V), 24)
     uniform = bits.float().add_(0.5).mul_(2.0**-40).clamp_(max=1 - 2.0**-24)
     return uniform.neg_().log1p_().neg_().log_().neg_()
 
@@ -168,38 +189,61 @@ _MIX_2 = _signed(0x94D049BB133111EB)
 
 
 def _mix(x: Tensor) -> Tensor:
-    """SplitMix64's finaliser: a bijection of 64-bit integers in which every input bit moves every output bit."""
-    x = (x ^ _shift_right(x, 30)) * _MIX_1
-    x = (x ^ _shift_right(x, 27)) * _MIX_2
-    return x ^ _shift_right(x, 31)
+    """SplitMix64's finaliser, in place: a bijection of 64-bit integers; every input bit moves every output bit."""
+    x.bitwise_xor_(_shift_right(x, 30)).mul_(_MIX_1)
+    x.bitwise_xor_(_shift_right(x, 27)).mul_(_MIX_2)
+    return x.bitwise_xor_(_shift_right(x, 31))
 
 
 def _shift_right(x: Tensor, by: int) -> Tensor:
     """Logical shift of int64, which torch has only with the sign kept."""
-    return (x >> by) & ((1 << (64 - by)) - 1)
+    return (x >> by).bitwise_and_((1 << (64 - by)) - 1)
 
 
 def _threshold(scaled_NCV: Tensor, sampling: Sampling) -> Tensor:
     """The smallest logit / T that top-k and then top-p keep, [N, C, 1]."""
-    top_NCK = _most_likely(scaled_NCV, sampling)
-    rank_K = torch.arange(top_NCK.shape[-1], device=top_NCK.device)
-    kept_NCK = (rank_K < sampling.top_k_N[:, None, None]).expand_as(top_NCK)
-    probability_NCK = top_NCK.masked_fill(~kept_NCK, -torch.inf).softmax(dim=-1)
-    likelier_NCK = probability_NCK.cumsum(dim=-1) - probability_NCK
-    kept_NCK = kept_NCK & (likelier_NCK < sampling.top_p_N[:, None, None])
-    last_NC1 = kept_NCK.sum(dim=-1, keepdim=True) - 1
-    threshold_NC1 = top_NCK.gather(-1, last_NC1)
-    return threshold_NC1.masked_fill(sampling.unfiltered_N[:, None, None], -torch.inf)
+    if sampling.try_few and sampling.candidates > FEW:
+        threshold_NC1, settled = _threshold_among(scaled_NCV, sampling, FEW)
+        if settled:
+            return threshold_NC1
+    return _threshold_among(scaled_NCV, sampling, sampling.candidates)[0]
 
 
-def _most_likely(scaled_NCV: Tensor, sampling: Sampling) -> Tensor:
-    """The `candidates` largest values over all ranks, in falling order."""
-    top_NCK = scaled_NCV.topk(min(sampling.candidates, scaled_NCV.shape[-1]), dim=-1).values
-    if sampling.group is None:
+def _threshold_among(scaled_NCV: Tensor, sampling: Sampling, count: int) -> tuple[Tensor, Tensor]:
+    """The threshold if it is among the `count` most likely ids, and whether it certainly is, for all choices."""
+    top_NCK = _most_likely(scaled_NCV, sampling.group, count)
+    in_top_k_NCK = torch.arange(top_NCK.shape[-1], device=top_NCK.device) < sampling.top_k_N[:, None, None]
+    all_NC1 = _log_sum(scaled_NCV, sampling.group)
+    # the probability that top-k left is that of the candidates, or all of it where it does not filter
+    left_NC1 = top_NCK.masked_fill(~in_top_k_NCK, -torch.inf).logsumexp(dim=-1, keepdim=True)
+    total_NC1 = torch.where(sampling.no_top_k_N[:, None, None], all_NC1, left_NC1)
+    mass_NCK = (top_NCK - total_NC1).exp().cumsum(dim=-1)
+    likelier_NCK = torch.cat([torch.zeros_like(mass_NCK[..., :1]), mass_NCK[..., :-1]], dim=-1)
+    kept_NCK = in_top_k_NCK & (likelier_NCK < sampling.top_p_N[:, None, None])
+    threshold_NC1 = top_NCK.gather(-1, kept_NCK.sum(dim=-1, keepdim=True) - 1)
+    settled_NC = (mass_NCK[..., -1] >= sampling.top_p_N[:, None]) | (~sampling.no_top_k_N | sampling.unfiltered_N)[
+        :, None
+    ]
+    return threshold_NC1.masked_fill(sampling.unfiltered_N[:, None, None], -torch.inf), settled_NC.all()
+
+
+def _most_likely(scaled_NCV: Tensor, group: dist.ProcessGroup | None, count: int) -> Tensor:
+    """The `count` largest values over all ranks, in falling order."""
+    top_NCK = scaled_NCV.topk(min(count, scaled_NCV.shape[-1]), dim=-1).values
+    if group is None:
         return top_NCK
-    parts = [torch.empty_like(top_NCK) for _ in range(sampling.group.size())]
-    dist.all_gather(parts, top_NCK.contiguous(), group=sampling.group)
-    return torch.cat(parts, dim=-1).sort(dim=-1, descending=True).values[..., : sampling.candidates]
+    return _gather(top_NCK, group).sort(dim=-1, descending=True).values[..., :count]
+
+
+def _log_sum(scaled_NCV: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    local_NC1 = scaled_NCV.logsumexp(dim=-1, keepdim=True)
+    return local_NC1 if group is None else _gather(local_NC1, group).logsumexp(dim=-1, keepdim=True)
+
+
+def _gather(x_NCK: Tensor, group: dist.ProcessGroup) -> Tensor:
+    parts = [torch.empty_like(x_NCK) for _ in range(group.size())]
+    dist.all_gather(parts, x_NCK.contiguous(), group=group)
+    return torch.cat(parts, dim=-1)
 
 
 def _argmax(score_NCV: Tensor, sampling: Sampling) -> Tensor:

@@ -41,7 +41,7 @@ def measure(engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingPa
 
     tokens_per_forward    output tokens per fused forward behind the prompt's, over all prompts
     identical_to_ar       share of prompts whose fused output equals AR's, token for token
-    distinct_4gram        share of distinct 4-grams within an output, over all prompts: text that loops is accepted easily
+    distinct_4gram        share of distinct 4-grams within an output, over all prompts: loops are accepted easily
     acceptance_histogram  forwards that confirmed 1, 2, .. B draft tokens
     fused_seconds, ar_seconds  wall time of everything, the prompts included
     tokens                output tokens of the fused run

@@ -43,7 +43,7 @@ class AttentionContext(Protocol):
 
 
 class HybridAttention(MegatronModule):
-    """Core attention of megatron's layer spec that leaves masks and caches to the context (megatron.core 0.16 to 0.19)."""
+    """Core attention of megatron's layer spec that leaves masks and caches to the context (megatron-core 0.16+)."""
 
     def __init__(self, config, layer_number: int, softmax_scale: float | None = None, **_):
         super().__init__(config)
@@ -88,6 +88,8 @@ class TrainingAttention:
             out_BHTE = scaled_dot_product_attention(q_BHTE, k_BGTE, v_BGTE, mask_B1TT, scale=scale, enable_gqa=True)
         else:
             _check_flex(q_TBHE, k_TBGE, v_TBGE)
+            if not torch.is_grad_enabled():  # on CPU flex refuses whatever requires a gradient, wanted or not
+                q_BHTE, k_BGTE, v_BGTE = (x.detach() for x in (q_BHTE, k_BGTE, v_BGTE))
             flex = _flex_attention(q_TBHE.is_cuda)
             out_BHTE = flex(q_BHTE, k_BGTE, v_BGTE, block_mask=self.block_mask, scale=scale, enable_gqa=True)
         return out_BHTE.permute(2, 0, 1, 3).contiguous()

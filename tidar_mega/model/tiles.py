@@ -1,8 +1,8 @@
 """The `tiles` attention backend: exact attention on a CPU that skips the work which the visibility rule forbids.
 
 Each tile of the plan (`tile_plan.py`) is a few plain matrix products over all query heads of a key head folded into
-rows. A row meets all its keys inside one tile, so nothing has to be merged; q, k, v and the log-sum-exp of each row are
-kept for the backward, which makes the probabilities again tile by tile (FlashAttention-2, arXiv 2307.08691, section 3.1).
+rows. A row meets all its keys inside one tile, so nothing has to be merged; q, k, v, the output and the log-sum-exp of
+each row are kept for the backward, which makes the probabilities again (FlashAttention-2, arXiv 2307.08691, section 3).
 
 Precision. float32 and float64: everything in the input's type. bfloat16: the three products whose rounding would show
 in the result (scores, output, gradient of the probabilities) run in float32 on the bfloat16 operands; the other three

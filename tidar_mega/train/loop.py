@@ -35,6 +35,10 @@ def train(config: Config, mesh: Mesh, stop: StopRequest) -> Progress:
     """
     run = Run.start(config, mesh)
     log, progress = run.log, run.state.progress
+    if progress.step >= config.train.steps:
+        log.say(f"already done: {progress.step} steps; raise train.steps to go on")
+        log.close()
+        return progress
     while progress.step < config.train.steps:
         if run.is_due(config.train.eval_interval):
             log.validation(progress.step, validate(run.task, run.held_out, config.train.eval_sequences))
@@ -193,6 +197,8 @@ def resume(path: Path, config: Config, stream: Stream, state: TrainState) -> Non
                 )
     same_tensor_size = saved.parallel.tensor == config.parallel.tensor
     checkpoint_state.restore(state, store.load(path, checkpoint_state.template(state, same_tensor_size)))
+    optim.apply_settings(config, state.optimizer)
+    state.scheduler.step(0)
 
 
 # Settings that a resume must not change: the shape of the weights and the meaning of the global sample index.

@@ -80,7 +80,17 @@ def build_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerPa
         wd_incr_style="constant",
         wsd_decay_steps=o.decay_steps,
         lr_wsd_decay_style="cosine",
+        # a resume goes by the config: the checkpoint says only how many steps were taken
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )
+
+
+def apply_settings(config: Config, optimizer: MegatronOptimizer) -> None:
+    """After a load, gives the parameter groups the settings of `config` instead of those that the checkpoint had."""
+    o = config.optimizer
+    for group in optimizer.param_groups:
+        group |= {"max_lr": o.lr, "min_lr": o.min_lr, "betas": (o.beta1, o.beta2), "eps": o.epsilon}
 
 
 @torch.no_grad()

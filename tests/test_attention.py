@@ -1,0 +1,270 @@
+"""Every attention backend against the rule's dense mask and against an explicit softmax in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.test_rows import Case, cases, make_rows
+from tidar_mega.model import tiles
+from tidar_mega.model.attention import HybridAttention, TrainingAttention, choose_backend, flex_rule
+from tidar_mega.model.tile_plan import make_plan
+from tidar_mega.rows import Rows, concatenate, visible
+
+H, G, E, SCALE = 4, 2, 16, 0.3
+TYPICAL = (
+    Case((192,), 0, 8),
+    Case((70, 3, 100), 5, 8, offset=5),
+    Case((150, 60), 0, 4, fraction=0.5, offset=1),
+    Case((90, 75), 10, 4, causal_in_group=True),
+    Case((200,), 0, 4, masks=False),
+    Case((40, 30, 20, 10), 0, 16),
+)
+BY_NAME = pytest.mark.parametrize("case", TYPICAL, ids=lambda c: f"{'+'.join(map(str, c.documents))}-B{c.block}")
+
+
+def stack(*cases: Case) -> Rows:
+    return concatenate([make_rows(c) for c in cases], dim=0)
+
+
+def random_inputs(T: int, B: int, dtype: torch.dtype, seed: int = 0, heads=(H, G), width: int = E, device="cpu"):
+    draw = torch.Generator().manual_seed(seed)
+    shapes = [(T, B, heads[0], width), (T, B, heads[1], width), (T, B, heads[1], width), (T, B, heads[0], width)]
+    q, k, v, grad = (torch.randn(s, generator=draw).to(device, dtype) for s in shapes)
+    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), grad
+
+
+def reference(rows: Rows, q, k, v, grad, scale: float = SCALE):
+    """(out, dq, dk, dv) in float64, written out; rows that see nothing give 0."""
+    q, k, v = (x.detach().double().requires_grad_() for x in (q, k, v))
+    per_key = q.shape[2] // k.shape[2]
+    scores = torch.einsum("qbhe,kbhe->bhqk", q, k.repeat_interleave(per_key, dim=2)) * scale
+    weights = scores.masked_fill(~visible(rows, rows)[:, None], float("-inf")).softmax(-1)
+    out = torch.einsum("bhqk,kbhe->qbhe", weights.nan_to_num(0.0), v.repeat_interleave(per_key, dim=2))
+    return out.detach(), *torch.autograd.grad(out, (q, k, v), grad.double())
+
+
+def attend(backend: str, rows: Rows, q, k, v, grad, scale: float = SCALE):
+    out = TrainingAttention(rows, backend).attend(1, q, k, v, scale)
+    return out.detach(), *torch.autograd.grad(out, (q, k, v), grad)
+
+
+def error(found, exact) -> float:
+    """Relative Frobenius error; gradients near 0 (of rows that see one key) compare with a usual one."""
+    return float((found.double() - exact).norm() / exact.norm().clamp_min(0.1 * exact.numel() ** 0.5))
+
+
+def effective_mask(backend: str, rows: Rows) -> torch.Tensor:
+    """Which keys each query really averages: equal scores and one-hot values, one width of keys at a time."""
+    B, T = rows.shape
+    zero = torch.zeros(T, B, 1, T)
+    values = torch.eye(T)[:, None, None].expand(T, B, 1, T).contiguous()
+    with torch.no_grad():
+        out = TrainingAttention(rows, backend).attend(1, zero, zero, values, 1.0)
+    return out[:, :, 0].transpose(0, 1) > 1e-5
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases(), st.sampled_from((4, 16, 64)))
+def test_plan_is_the_dense_mask(case, chunk):
+    rows = make_rows(case)
+    (structure,) = make_plan(rows, chunk)
+    assert torch.equal(structure.visible(), visible(rows, rows)[0])
+    assert structure.row_order.sort().values.tolist() == list(range(rows.shape[1]))
+
+
+@settings(max_examples=25, deadline=None)
+@given(cases(most=60))
+def test_tiles_attend_to_the_dense_mask(case):
+    rows = make_rows(case)
+    assert torch.equal(effective_mask("tiles", rows), visible(rows, rows))
+
+
+@settings(max_examples=6, deadline=None)
+@given(cases())
+def test_flex_attends_to_the_dense_mask(case):
+    rows = make_rows(case)
+    assert torch.equal(effective_mask("flex", rows), visible(rows, rows))
+
+
+@settings(max_examples=25, deadline=None)
+@given(cases())
+def test_flex_rule_and_block_mask_cover_the_dense_mask(case):
+    rows, T = make_rows(case), make_rows(case).shape[1]
+    index = torch.arange(T)
+    assert torch.equal(flex_rule(rows)(0, 0, index[:, None], index), visible(rows, rows)[0])
+    blocks = TrainingAttention(rows, "flex").block_mask.to_dense()[0, 0].bool()
+    wide = blocks.repeat_interleave(128, 0).repeat_interleave(128, 1)[:T, :T]
+    assert not (visible(rows, rows)[0] & ~wide).any()
+
+
+def test_tiles_do_not_read_what_no_row_sees():
+    """A key that the rule hides from all rows may hold anything."""
+    rows = make_rows(Case((100, 30), 6, 8))
+    q, k, v, _ = random_inputs(rows.shape[1], 1, torch.float32)
+    unseen = ~visible(rows, rows)[0][rows.document[0] >= 0].any(0)
+    assert unseen.any()
+    before = TrainingAttention(rows, "tiles").attend(1, q, k, v, SCALE)
+    after = TrainingAttention(rows, "tiles").attend(1, q, k + 1e4 * unseen[:, None, None, None], v, SCALE)
+    real = rows.document[0] >= 0
+    assert torch.equal(before[real], after[real])
+
+
+@BY_NAME
+@pytest.mark.parametrize("backend", ["dense", "tiles"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 2e-2)]
+)
+def test_results_and_gradients(case, backend, dtype, tolerance):
+    rows = make_rows(case)
+    inputs = random_inputs(rows.shape[1], 1, dtype)
+    for found, exact in zip(attend(backend, rows, *inputs), reference(rows, *inputs), strict=True):
+        assert found.dtype == dtype
+        assert error(found, exact) < tolerance
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(cases(), min_size=2, max_size=3), st.sampled_from(((4, 2), (2, 2), (3, 1))), st.booleans())
+def test_tiles_of_any_batch(several, heads, one_pair):
+    """Different structures in one batch, padded to one length; with and without sharing of calls between pairs."""
+    length = max(make_rows(c).shape[1] for c in several)
+    parts = [_padded(make_rows(c), length, several[0].causal_in_group) for c in several]
+    rows = concatenate([*parts, parts[0]], dim=0)
+    inputs = random_inputs(length, len(parts) + 1, torch.float32, heads=heads)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiles, "SCRATCH", 1 if one_pair else 1 << 20)
+        for found, exact in zip(attend("tiles", rows, *inputs), reference(rows, *inputs), strict=True):
+            assert error(found, exact) < 3e-6
+
+
+def _padded(rows: Rows, length: int, causal_in_group: bool) -> Rows:
+    """Rows that see nothing at all are put behind, as badly built padding would be."""
+    names = ("token", "position", "order", "horizon", "group", "document", "label", "weight")
+    more = length - rows.shape[1]
+    fill = {"document": -2, "group": 0, "horizon": 0}
+    parts = {n: torch.nn.functional.pad(getattr(rows, n), (0, more), value=fill.get(n, 0)) for n in names}
+    return Rows(**parts, causal_in_group=causal_in_group)
+
+
+def test_rows_that_see_nothing_do_no_harm():
+    rows = _padded(make_rows(Case((60,), 0, 4)), 130, False)
+    assert not visible(rows, rows)[0, -1].any()
+    inputs = random_inputs(130, 1, torch.float32)
+    for found, exact in zip(attend("tiles", rows, *inputs), reference(rows, *inputs), strict=True):
+        assert torch.isfinite(found).all()
+        assert error(found, exact) < 2e-6
+
+
+def test_a_mask_rows_gradient_reaches_only_what_it_sees():
+    case = Case((50, 40), 0, 8, offset=3)
+    rows = make_rows(case)
+    mask, T = visible(rows, rows)[0], rows.shape[1]
+    for row in (95, 120, 150, 179):
+        q, k, v, grad = random_inputs(T, 1, torch.float32)
+        only = torch.zeros_like(grad)
+        only[row] = grad[row]
+        _, dq, dk, dv = attend("tiles", rows, q, k, v, only)
+        for gradient in (dk, dv):
+            assert torch.equal(gradient[:, 0].abs().sum((1, 2)) > 0, mask[row])
+        assert dq[torch.arange(T) != row].abs().sum() == 0
+
+
+def test_tiles_pass_gradcheck():
+    rows = make_rows(Case((9, 6), 1, 4, offset=1))
+    q, k, v, _ = random_inputs(rows.shape[1], 1, torch.float64, heads=(2, 1), width=3)
+    context = TrainingAttention(rows, "tiles")
+    assert torch.autograd.gradcheck(lambda *x: context.attend(1, *x, SCALE), (q, k, v))
+
+
+@pytest.mark.parametrize("size", [1.0, 4.0, 12.0])
+def test_bfloat16_is_no_less_accurate_than_torchs_flash_kernel(size):
+    """Whatever the size of the scores."""
+    rows = make_rows(Case((512,), 0, 8))
+    q, k, v, grad = random_inputs(1024, 1, torch.bfloat16, heads=(4, 1), width=64)
+    q = (q.detach() * size).requires_grad_()
+    exact = reference(rows, q, k, v, grad, 64**-0.5)
+    ours, flash = (attend(name, rows, q, k, v, grad, 64**-0.5) for name in ("tiles", "dense"))
+    for a, b, c in zip(ours, flash, exact, strict=True):
+        assert error(a, c) <= 1.02 * error(b, c)
+
+
+def test_tiles_leave_the_process_wide_precision_alone():
+    rows = make_rows(Case((16,), 0, 4))
+    for before in ("highest", "high"):
+        torch.set_float32_matmul_precision(before)
+        attend("tiles", rows, *random_inputs(32, 1, torch.bfloat16))
+        assert torch.get_float32_matmul_precision() == before
+    torch.set_float32_matmul_precision("highest")
+
+
+def test_strided_inputs_and_unusual_width():
+    """Megatron's v is a slice of the fused projection."""
+    rows = make_rows(Case((70,), 0, 4))
+    fused = torch.randn(140, 1, G, 3 * 24)
+    q, k, v = fused[..., :24].repeat_interleave(2, dim=2), fused[..., 24:48], fused[..., 48:]
+    grad = torch.randn(140, 1, 2 * G, 24)
+    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+    for found, exact in zip(attend("tiles", rows, *inputs, grad), reference(rows, *inputs, grad), strict=True):
+        assert error(found, exact) < 2e-6
+
+
+def test_work_is_close_to_the_true_mask():
+    for case, most in ((Case((1024,), 0, 8), 1.2), (Case((300, 500, 224), 0, 8, offset=3), 1.7)):
+        rows = make_rows(case)
+        (structure,) = make_plan(rows)
+        assert structure.pairs <= most * int(visible(rows, rows).sum())
+
+
+@BY_NAME
+def test_flex_forward(case):
+    rows = make_rows(case)
+    inputs = random_inputs(rows.shape[1], 1, torch.float32)
+    with torch.no_grad():
+        out = TrainingAttention(rows, "flex").attend(1, *inputs[:3], SCALE)
+    assert error(out, reference(rows, *inputs)[0]) < 2e-6
+
+
+def test_flex_has_no_backward_on_cpu():
+    rows = make_rows(Case((16,), 0, 4))
+    with pytest.raises(ValueError, match="model.attention=flex has no backward on CPU"):
+        TrainingAttention(rows, "flex").attend(1, *random_inputs(32, 1, torch.float32)[:3], SCALE)
+
+
+def test_choice_of_backend():
+    assert choose_backend("auto", "cpu", torch.bfloat16) == "tiles"
+    assert choose_backend("auto", "cuda", torch.bfloat16) == "flex"
+    assert choose_backend("auto", "cuda:1", torch.float64) == "dense"
+    assert choose_backend("dense", "cpu", torch.float32) == "dense"
+    for name, device in (("flex", "cpu"), ("tiles", "cuda"), ("fast", "cpu")):
+        with pytest.raises(ValueError, match="model.attention"):
+            choose_backend(name, device, torch.float32)
+    with pytest.raises(ValueError, match="model.attention"):
+        TrainingAttention(make_rows(Case((8,), 0, 4)), "auto")
+
+
+def test_layer_hands_its_inputs_to_the_context():
+    from megatron.core.transformer import TransformerConfig
+
+    rows = stack(Case((20,), 0, 4), Case((12, 8), 0, 4))
+    q, k, v, _ = random_inputs(40, 2, torch.float32)
+    config = TransformerConfig(num_layers=1, hidden_size=H * E, num_attention_heads=H, num_query_groups=G)
+    context = TrainingAttention(rows, "tiles")
+    for scale in (None, 0.1):
+        layer = HybridAttention(config=config, layer_number=1, attn_mask_type=None, softmax_scale=scale)
+        out = layer(q, k, v, None, attention_bias=context)
+        assert torch.equal(out, context.attend(1, q, k, v, scale or E**-0.5).flatten(2))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: flex trains only there")
+@BY_NAME
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-3), (torch.bfloat16, 2e-2)])
+def test_flex_on_a_gpu(case, dtype, tolerance):
+    rows = make_rows(case)
+    inputs = random_inputs(rows.shape[1], 1, dtype, width=64, device="cuda")
+    exact = reference(rows.to("cuda"), *inputs)
+    for backend in ("dense", "flex"):
+        for found, right in zip(attend(backend, rows.to("cuda"), *inputs), exact, strict=True):
+            assert error(found, right) < tolerance

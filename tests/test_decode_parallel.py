@@ -1,0 +1,43 @@
+"""Decoding on a tensor-parallel model: every rank takes the same decisions, which are those of one process."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tests import processes
+from tests.test_decode import Bytes, tiny_config
+from tidar_mega.config import ParallelConfig
+from tidar_mega.decode.engine import Engine
+from tidar_mega.decode.sampling import SamplingParams
+from tidar_mega.model.gpt import build
+from tidar_mega.parallel.mesh import build_mesh
+
+PROMPTS = [[65], [1, 2, 3, 4, 5], [200] * 30, list(range(100, 117)), [7, 8]]
+PARAMS = [
+    SamplingParams(max_tokens=24),
+    SamplingParams(max_tokens=30, temperature=1.0, seed=1),
+    SamplingParams(max_tokens=9, temperature=0.7, seed=2),
+    SamplingParams(max_tokens=30, temperature=1.0, top_k=20, seed=3),
+    SamplingParams(max_tokens=30, temperature=1.0, top_k=90, top_p=0.9, seed=4),
+]
+
+
+def _decode(rank: int, tensor: int) -> dict[str, list[list[int]]]:
+    config = tiny_config()
+    # weights are cut from one full draw, so they are equal in every layout; large, so that ids differ in likelihood
+    config = replace(config, parallel=ParallelConfig(tensor=tensor), model=replace(config.model, init_std=0.2))
+    build_mesh(config)
+    engine = Engine(build(config, Bytes.vocab_size, training=False), Bytes(), block=4, capacity=128)
+    found = {mode: [g.tokens for g in engine.generate(PROMPTS, PARAMS, mode)] for mode in ("fused", "ar")}
+    return found | {"alone": [engine.generate([p], s)[0].tokens for p, s in zip(PROMPTS, PARAMS, strict=True)]}
+
+
+@pytest.mark.distributed
+def test_tensor_parallel_ranks_decode_what_one_process_decodes():
+    (expected,) = processes.run(_decode, 1, 1)
+    assert expected["fused"] == expected["ar"] == expected["alone"]
+    assert len({tuple(t) for t in expected["ar"]}) == 5 and len(set(expected["ar"][1])) > 5
+    for found in processes.run(_decode, 2, 2):
+        assert found == expected

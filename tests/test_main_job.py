@@ -1,0 +1,208 @@
+"""The main job through its commands: prepare, pretrain in two processes, every kind of interruption, resume, generate."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.distributed
+
+CONFIG = """
+model: {num_layers: 2, hidden_size: 64, ffn_hidden_size: 128, num_attention_heads: 4, num_query_groups: 2}
+data: {path: corpus, seq_length: 64}
+train: {steps: 16, global_batch_size: 8, micro_batch_size: 2, block: 4, eval_interval: 8, eval_sequences: 8}
+optimizer: {lr: 3.0e-3, warmup_steps: 2}
+parallel: {data: 2}
+precision: {dtype: bf16}
+checkpoint: {interval: 5}
+log: {interval: 1}
+"""
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "tidar_mega.cli", *arguments]
+
+
+def environment() -> dict:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def tidar(folder: Path, *arguments: str, code: int = 0) -> str:
+    done = subprocess.run(
+        command(*arguments), cwd=folder, env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def metrics(folder: Path, run: str, kind: str = "train") -> dict[int, dict]:
+    """step -> line; fails where a step was logged twice."""
+    path = folder / run / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+    steps = [line["step"] for line in lines if line["kind"] == kind]
+    assert len(steps) == len(set(steps)), f"steps logged twice: {steps}"
+    return {line["step"]: line for line in lines if line["kind"] == kind}
+
+
+NOT_TIMES = ("loss", "loss_ar", "loss_draft", "grad_norm", "lr", "samples", "draft_accuracy")
+
+
+def losses(folder: Path, run: str) -> dict[int, tuple]:
+    return {step: tuple(line[name] for name in NOT_TIMES) for step, line in metrics(folder, run).items()}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    """A folder with a corpus of real source code, a config, and a run that was never interrupted."""
+    folder = tmp_path_factory.mktemp("work")
+    source = folder / "source"
+    source.mkdir()
+    for name in ("argparse", "ast", "calendar", "configparser", "dataclasses", "difflib", "fractions", "inspect"):
+        shutil.copy(__import__(name).__file__, source)
+    tidar(folder, "prepare", "source", "--output", "corpus", "--vocab-size", "320", "--validation-fraction", "0.2")
+    (folder / "run.yaml").write_text(CONFIG)
+    tidar(folder, "pretrain", "run.yaml", "run_dir=whole")
+    return folder
+
+
+def interrupt(folder: Path, run: str, after: int, number: int, *overrides: str) -> int:
+    """Starts a run and sends it a signal once step `after` is logged; returns the exit code."""
+    process = subprocess.Popen(
+        command("pretrain", "run.yaml", f"run_dir={run}", *overrides),
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while after not in metrics(folder, run) and time.monotonic() < deadline:
+        assert process.poll() is None, "ended too early"
+        time.sleep(0.02)
+    process.send_signal(number)
+    return process.wait(timeout=60)
+
+
+def test_training_learns_and_says_so(work):
+    lines = metrics(work, "whole")
+    assert sorted(lines) == list(range(1, 17))
+    assert lines[16]["loss"] < lines[1]["loss"] - 0.3
+    assert {"tokens_per_second", "model_flop_utilisation", "memory_gib", "expected_tokens_per_forward"} <= set(lines[1])
+    assert {f"draft_accuracy/slot_{k}" for k in range(4)} <= set(lines[1])
+    validation = metrics(work, "whole", "validation")
+    assert sorted(validation) == [8, 16]
+    assert 0.5 < validation[16]["nats_per_byte"] < 5
+
+
+def test_samples_per_line_are_the_global_index(work):
+    assert [line["samples"] for line in metrics(work, "whole").values()] == [8 * step for step in range(1, 17)]
+
+
+@pytest.mark.parametrize("after", [7, 10])
+def test_killed_at_any_moment_it_goes_on_bit_for_bit(work, after):
+    """Step 10 is where a checkpoint is being written."""
+    run = f"killed_{after}"
+    assert interrupt(work, run, after, signal.SIGKILL) == -signal.SIGKILL
+    time.sleep(1.0)  # the ranks die with their parent
+    out = tidar(work, "pretrain", "run.yaml", f"run_dir={run}")
+    assert "resumed from" in out
+    assert losses(work, run) == losses(work, "whole")
+
+
+def test_a_stop_signal_saves_and_the_same_command_goes_on(work):
+    assert interrupt(work, "stopped", 7, signal.SIGTERM) == 0
+    stopped_at = max(metrics(work, "stopped"))
+    assert (work / "stopped" / "checkpoints" / f"step_{stopped_at:08d}").is_dir()
+    tidar(work, "pretrain", "run.yaml", "run_dir=stopped")
+    assert losses(work, "stopped") == losses(work, "whole")
+    assert "already done" in tidar(work, "pretrain", "run.yaml", "run_dir=stopped")
+
+
+def test_another_number_of_replicas_goes_on_with_the_same_samples(work):
+    """In float32, as the order of a sum over ranks changes the last bits."""
+    tidar(work, "pretrain", "run.yaml", "run_dir=fp32", "precision.dtype=fp32")
+    interrupt(work, "fewer", 6, signal.SIGTERM, "precision.dtype=fp32")
+    tidar(work, "pretrain", "run.yaml", "run_dir=fewer", "precision.dtype=fp32", "parallel.data=1")
+    whole, fewer = losses(work, "fp32"), losses(work, "fewer")
+    assert whole.keys() == fewer.keys()
+    for step, figures in whole.items():
+        assert fewer[step] == pytest.approx(figures, rel=2e-4, abs=2e-3), step
+
+
+def test_tensorboard_has_every_step_once(work):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(work / "killed_7" / "tensorboard")).Reload()
+    events = board.Scalars("train/loss")
+    assert [e.step for e in events] == list(range(1, 17))
+    expected = {step: line["loss"] for step, line in metrics(work, "whole").items()}
+    assert all(e.value == pytest.approx(expected[e.step], rel=1e-6) for e in events)
+    assert {"train/grad_norm", "train/lr", "validation/nats_per_byte"} <= set(board.Tags()["scalars"])
+
+
+def test_generate_streams_the_same_text_in_both_modes(work):
+    texts = []
+    for mode in ("fused", "ar"):
+        arguments = ("--prompt", "def main(", "--json", f"{mode}.json", f"decode.mode={mode}", "decode.max_tokens=24")
+        out = tidar(work, "generate", "whole", *arguments)
+        figures = json.loads((work / f"{mode}.json").read_text())
+        assert "def main(" + figures["text"] in out
+        texts.append([t for commit in figures["commits"] for t in commit])
+    assert texts[0] == texts[1]
+
+
+def test_print_config_is_a_config(work):
+    out = tidar(work, "pretrain", "run.yaml", "--print-config", "train.seed=9")
+    (work / "printed.yaml").write_text(out)
+    assert tidar(work, "pretrain", "printed.yaml", "--print-config") == out
+    assert "seed: 9" in out
+
+
+REFUSED = {
+    "an unknown key": (["pretrain", "run.yaml", "train.stepz=3"], "did you mean train.steps"),
+    "no config": (["pretrain", "none.yaml"], "none.yaml does not exist"),
+    "no method": (["pretrain", "run.yaml", "method=none", "run_dir=x1"], "method = none: must be one of ar, tidar"),
+    "no corpus": (["pretrain", "run.yaml", "data.path=none", "run_dir=x2"], "none"),
+    "another shape": (["pretrain", "run.yaml", "run_dir=whole", "train.steps=20", "model.num_layers=3"], "num_layers"),
+    "no checkpoint": (["generate", "none", "--prompt", "x"], "no checkpoint there"),
+    "no prompt": (["generate", "whole", "--prompt", ""], "prompt is empty"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_input_is_one_clear_error(work, name):
+    arguments, said = REFUSED[name]
+    out = tidar(work, *arguments, code=2)
+    assert said in out and "Traceback" not in out
+
+
+def test_a_run_refuses_another_corpus(work):
+    tidar(work, "prepare", "source", "--output", "other", "--vocab-size", "300", "--validation-fraction", "0.2")
+    out = tidar(work, "pretrain", "run.yaml", "run_dir=whole", "data.path=other", "train.steps=20", code=2)
+    assert "data.path = other" in out and "not the one that" in out
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_still_works(work):
+    shutil.copytree(work / "whole", work / "damaged")
+    newest = sorted((work / "damaged" / "checkpoints").glob("step_*"))[-1]
+    victim = max(newest.rglob("*.distcp"), key=lambda p: p.stat().st_size)
+    os.truncate(victim, 100)
+    out = tidar(work, "pretrain", "run.yaml", "run_dir=damaged", "train.steps=17", code=2)
+    assert victim.name in out and "delete it to go on from the checkpoint before it" in out
+    shutil.rmtree(newest)
+    assert "step_00000015" in tidar(work, "pretrain", "run.yaml", "run_dir=damaged")
+
+
+def test_gradients_that_stay_nan_end_the_run_and_keep_the_checkpoint(work):
+    shutil.copytree(work / "whole", work / "nan")
+    bad = ("run_dir=nan", "train.steps=40", "optimizer.lr=1e30", "optimizer.min_lr=1e30", "optimizer.clip_grad=0")
+    out = tidar(work, "pretrain", "run.yaml", *bad, code=2)
+    assert "step skipped" in out and "train.nan_limit" in out
+    assert (work / "nan" / "checkpoints" / "step_00000016").is_dir()
