@@ -255,6 +255,16 @@ def test_a_damaged_header_is_an_error(copy, place):
         read_all(open_stream(copy, "train", LENGTH, seed=1))
 
 
+@pytest.mark.parametrize("place", [0, 135, -9], ids=["header", "start", "offset"])
+def test_a_damaged_list_of_documents_is_an_error(copy, place):
+    path = copy / "train" / "documents.npy"
+    content = bytearray(path.read_bytes())
+    content[place] ^= 0x80
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="damaged|cannot be read at byte -"):
+        read_all(open_stream(copy, "train", LENGTH, seed=1))
+
+
 def test_an_id_outside_the_vocabulary_is_an_error(copy):
     path = copy / "train" / "shard-000000.tar"
     content = bytearray(path.read_bytes())

@@ -182,10 +182,7 @@ def test_batched_ragged_requests_are_decoded_as_alone(trained, prompts, referenc
 @pytest.mark.parametrize("block", [1, 2, 3, 8])
 def test_fused_forward_equals_separate_forwards_of_each_group(world, block):
     """In float64, through the cache, for a ragged and an even batch: against dense forwards over the whole sequence."""
-    model = build(tiny_config(qk_layernorm=True, add_qkv_bias=True), Bytes.vocab_size).double()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()), dtype=p.dtype))
+    model = sharp_model()
     engine = Engine(model, Bytes(), block=block, capacity=64)
     token_NT = torch.randint(256, (3, 40), generator=torch.Generator().manual_seed(1))
     plan = Forwards(model, block, Bytes.mask, engine.device)._plan(fused_rows(block, Bytes.mask), clean=block)
@@ -205,19 +202,55 @@ def test_fused_forward_equals_separate_forwards_of_each_group(world, block):
                 torch.testing.assert_close(got, torch.stack(groups), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("block", [2, 4, 5])
+def test_every_outcome_commits_and_drafts_what_separate_forwards_say(world, block):
+    """A draft of AR's own tokens up to place r, then errors: for each r, what is accepted and drafted next."""
+    model = sharp_model()
+    engine = Engine(model, Bytes(), block=block, capacity=64)
+    forwards, sampling = engine.forwards["fused"], engine.sampling([SamplingParams()])
+    length, tokens = 6, [10, 20, 30, 40, 50, 60]
+    with torch.no_grad():
+        for _ in range(block + 1):
+            rows = clean_rows(torch.tensor([tokens]))
+            hidden_TD = model(rows=rows, context=TrainingAttention(rows, "dense"))[:, 0]
+            tokens.append(int(model.logits(hidden_TD[-1])[:257].argmax()))
+        behind = [drafted_forward(model, torch.tensor(tokens[: length + r]), block) for r in range(block + 1)]
+        drafts = [model.logits(hidden_BD)[1:, :257].argmax(dim=-1).tolist() for hidden_BD in behind]
+        for r in range(1, block + 1):
+            cache = engine.cache(1, 64)
+            plan = forwards.prompt_plan(length, drafts=True)
+            first = forwards.prompt_chunk(plan, cache, 0, torch.tensor([tokens[:length]]), sampling)
+            assert first.draft_NB.tolist() == [tokens[length : length + 1] + drafts[0]]
+            true = tokens[length : length + block]
+            draft = true[:r] + [(t + 1) % 256 for t in true[r:]]
+            step = forwards.fused(cache, torch.tensor([draft]), sampling)
+            assert step.accepted_N.tolist() == [r]
+            assert step.choice_NB[0, :r].tolist() == tokens[length + 1 : length + 1 + r]
+            assert step.draft_NB.tolist() == [tokens[length + r : length + r + 1] + drafts[r]]
+    assert len({tuple(d) for d in drafts}) > 1, "drafts that do not differ would prove nothing"
+
+
+def sharp_model() -> HybridGPT:
+    """A model in float64 with large weights, whose rows all say something else."""
+    model = build(tiny_config(qk_layernorm=True, add_qkv_bias=True), Bytes.vocab_size).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()), dtype=p.dtype))
+    return model
+
+
 def separate_forwards(model, token_T, length: int, block: int):
     """Hidden states of the draft's tokens, and of the masks behind each possible outcome, one forward each."""
+    rows = clean_rows(token_T[None, : length + block])
+    verify_BD = model(rows=rows, context=TrainingAttention(rows, "dense"))[length:, 0]
+    return verify_BD, [drafted_forward(model, token_T[: length + j], block) for j in range(1, block + 1)]
 
-    def run(rows):
-        return model(rows=rows, context=TrainingAttention(rows, "dense"))[:, 0]
 
-    verify_BD = run(clean_rows(token_T[None, : length + block]))[length:]
-    groups = []
-    for j in range(1, block + 1):
-        prefix = clean_rows(token_T[None, : length + j])
-        order = torch.arange(length + j, length + j + block)[None]
-        zero = torch.zeros_like(order)
-        mask, horizon = torch.full_like(order, Bytes.mask), torch.full_like(order, length + j)
-        masks = Rows(mask, order, order, horizon, zero + 1, zero, zero, zero.float())
-        groups.append(run(concatenate([prefix, masks], dim=1))[length + j :])
-    return verify_BD, groups
+def drafted_forward(model, token_T, block: int):
+    """Hidden states of masks behind the tokens."""
+    order = len(token_T) + torch.arange(block)[None]
+    zero = torch.zeros_like(order)
+    mask, horizon = torch.full_like(order, Bytes.mask), torch.full_like(order, len(token_T))
+    masks = Rows(mask, order, order, horizon, zero + 1, zero, zero, zero.float())
+    rows = concatenate([clean_rows(token_T[None]), masks], dim=1)
+    return model(rows=rows, context=TrainingAttention(rows, "dense"))[len(token_T) :, 0]

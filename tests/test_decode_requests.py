@@ -108,6 +108,26 @@ def test_a_model_that_wants_masks_and_padding_still_writes_text(model, mode, tem
     assert max(got.tokens) <= Bytes.eod
 
 
+@pytest.mark.parametrize("temperature, top_p", [(0.0, 1.0), (1.0, 1.0), (1.5, 0.9)])
+@pytest.mark.parametrize("block", [2, 4, 7])
+def test_a_drafter_that_thinks_as_ar_does_is_never_rejected(model, block, temperature, top_p):
+    """With equal logits everywhere, only the places' noise decides: AR and draft must use the same."""
+    same = build_with_loud_eod(model, ids=[])
+    plain, spread_V = same.logits, torch.randn(320, generator=torch.Generator().manual_seed(0))
+    same.logits = lambda hidden: plain(hidden) + spread_V
+    params = [SamplingParams(max_tokens=50, temperature=temperature, top_p=top_p, seed=i) for i in range(4)]
+    found = engine(same, block=block).generate(PROMPTS, params)
+    assert all(r == block for g in found for r in g.accepted)
+    assert all(len(set(g.tokens)) > 10 or temperature == 0 for g in found)
+
+
+def test_bfloat16_decodes_in_both_modes(model):
+    half = build(tiny_config(), Bytes.vocab_size).bfloat16()
+    for mode in ("fused", "ar"):
+        found = engine(half).generate(PROMPTS, replace(SAMPLED, stop_tokens=()), mode)
+        assert [len(g.tokens) for g in found] == [40] * 4
+
+
 @pytest.mark.parametrize("capacity, length", [(31, 30), (33, 30), (128, 30), (40, 39)])
 def test_the_capacity_cuts_both_modes_alike(model, capacity, length):
     prompt = [(7 * i) % 250 for i in range(length)]
@@ -252,7 +272,7 @@ def test_measure_and_bench_say_what_they_promise(model, capsys):
     assert figures["identical_to_ar"] == 1 and figures["settings"]["sampled"]["temperature"] == 1
     assert {"tokens_per_forward_sampled", "speedup_vs_ar", "distinct_4gram"} <= set(figures)
     show(figures)
-    assert "fused decoding, B = 4" in capsys.readouterr().out
+    assert "fused against AR decoding, B = 4" in capsys.readouterr().out
 
 
 def test_distinct_share_counts_each_output_for_itself():

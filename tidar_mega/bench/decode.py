@@ -108,16 +108,8 @@ def held_out_loss(engine: Engine, stream: Stream, token_bytes, sequences: int = 
 
 def show(figures: dict) -> None:
     """The figures as a table."""
-    columns = (
-        "temperature",
-        "tokens/forward",
-        "identical to AR",
-        "distinct 4-grams",
-        "tokens/s",
-        "AR tokens/s",
-        "speed-up",
-    )
-    table = Table(*columns, "forwards that confirmed 1..B", title=f"fused decoding, B = {figures['setting']['block']}")
+    columns = ("T", "tok/fwd", "= AR", "4-grams", "tok/s", "AR tok/s", "speed-up", "accepted 1..B")
+    table = Table(*columns, title=f"fused against AR decoding, B = {figures['setting']['block']}")
     for row in figures["settings"].values():
         speed = row["tokens_per_second"]
         table.add_row(

@@ -121,14 +121,18 @@ def _size(text: str, option: str) -> int:
 def _lock(folder: Path) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise DataError(f"{folder}: another `tidar prepare` is at work there; wait for it or stop it") from None
-    try:
+        with contextlib.suppress(OSError):  # some network file systems have no locks for folders
+            _take(descriptor, folder)
         yield
     finally:
         os.close(descriptor)
+
+
+def _take(descriptor: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise DataError(f"{folder}: another `tidar prepare` is at work there; wait for it or stop it") from None
 
 
 def _disk_error(output: Path, error: OSError) -> DataError:

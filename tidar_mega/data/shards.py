@@ -136,10 +136,10 @@ def check_sizes(folder: Path, split: str, index: Index) -> None:
         found = path.stat().st_size if path.is_file() else None
         if found != expected:
             state = "missing" if found is None else f"{found} bytes, truncated or changed"
-            raise DataError(f"{path}: {state}; the index says {expected} bytes; {_RESTORE}")
+            raise DataError(f"{path}: {state}; the index says {expected} bytes; {RESTORE}")
 
 
-_RESTORE = "restore the file, or run `tidar prepare` again with --overwrite"
+RESTORE = "restore the file, or run `tidar prepare` again with --overwrite"
 
 
 def verify(folder: str | Path) -> Index:
@@ -151,7 +151,7 @@ def verify(folder: str | Path) -> Index:
         expected = {shard.name: shard.sha256 for shard in split.shards} | {DOCUMENTS: split.documents_sha256}
         for file, digest in expected.items():
             if sha256(folder / name / file) != digest:
-                raise DataError(f"{folder / name / file}: its sha256 is not that of the index: damaged; {_RESTORE}")
+                raise DataError(f"{folder / name / file}: its sha256 is not that of the index: damaged; {RESTORE}")
     return index
 
 

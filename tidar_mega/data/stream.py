@@ -126,8 +126,15 @@ class Reader:
         part = index.splits[split]
         self._names = [shard.name for shard in part.shards]
         self._first_documents = np.cumsum([0] + [shard.documents for shard in part.shards])
-        self._starts, self._offsets = np.load(folder / shards.DOCUMENTS, mmap_mode="r", allow_pickle=False)
+        self._starts, self._offsets = self._load_documents()
         self._descriptor = functools.lru_cache(maxsize=_OPEN_FILES)(self._open)
+
+    def _load_documents(self) -> np.ndarray:
+        path = self.folder / shards.DOCUMENTS
+        try:
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        except ValueError as error:
+            raise DataError(f"{path}: damaged ({error}); {shards.RESTORE}") from None
 
     def window(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens first..first + count - 1, fewer at the end of the split, as (ids, running document number), int64."""
@@ -144,14 +151,17 @@ class Reader:
     def _read(self, document: int, length: int, first: int, stop: int) -> np.ndarray:
         """Ids first..stop-1 of a document of `length` tokens. `pread`, as a cut file would kill a reader of a map."""
         shard = int(np.searchsorted(self._first_documents, document, side="right")) - 1
-        file = self._descriptor(shard)
         offset, itemsize = int(self._offsets[document]), self._dtype.itemsize
-        header = os.pread(file.number, shards.HEADERS, offset - shards.HEADERS)
-        content = os.pread(file.number, (stop - first) * itemsize, offset + first * itemsize)
+        try:
+            file = self._descriptor(shard)
+            header = os.pread(file.number, shards.HEADERS, offset - shards.HEADERS)
+            content = os.pread(file.number, (stop - first) * itemsize, offset + first * itemsize)
+        except OSError as error:
+            raise DataError(f"{self.folder / self._names[shard]}: cannot be read at byte {offset} ({error})") from None
         if not _is_header(header, document, length * itemsize) or len(content) != (stop - first) * itemsize:
             raise DataError(
                 f"{self.folder / self._names[shard]}: damaged at byte {offset}: document {document} with {length} "
-                "tokens is not there; restore the file, or run `tidar prepare` again with --overwrite"
+                f"tokens is not there; {shards.RESTORE}"
             )
         return np.frombuffer(content, dtype=self._dtype)
 
@@ -163,14 +173,10 @@ class _File:
     """A file descriptor that is closed with the last user of this object."""
 
     def __init__(self, path: Path) -> None:
-        self.number = -1
-        try:
-            self.number = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be opened ({error.strerror})") from None
+        self.number = os.open(path, os.O_RDONLY)
 
     def __del__(self) -> None:
-        if self.number >= 0:
+        if hasattr(self, "number"):  # opened at all
             os.close(self.number)
 
 

@@ -8,6 +8,7 @@ Shape suffixes: N requests, T rows, B draft slots, S = B - 1 draft slots behind 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -57,10 +58,11 @@ class Forwards:
         self.model, self.block, self.mask_id, self.device = model, block, mask_id, device
         self.step_plan = self._plan(fused_rows(block, mask_id) if block > 1 else causal_rows(1), clean=block)
         self.step_rows = self.step_plan.rows.shape[1]
+        self.prompt_plan = functools.lru_cache(maxsize=4)(self._prompt_plan)  # prompts come in pieces of one size
         self._slot_B = torch.arange(block, device=device)
         self._slot_S = torch.arange(1, block, device=device)
 
-    def prompt_plan(self, tokens: int, drafts: bool) -> Plan:
+    def _prompt_plan(self, tokens: int, drafts: bool) -> Plan:
         """`tokens` causal rows and, at the end of a prompt, the masks of the first draft, which see all of them."""
         rows = causal_rows(tokens)
         if drafts and self.block > 1:

@@ -220,7 +220,7 @@ def _threshold_among(scaled_NCV: Tensor, sampling: Sampling, count: int) -> tupl
     mass_NCK = (top_NCK - total_NC1).exp().cumsum(dim=-1)
     likelier_NCK = torch.cat([torch.zeros_like(mass_NCK[..., :1]), mass_NCK[..., :-1]], dim=-1)
     kept_NCK = in_top_k_NCK & (likelier_NCK < sampling.top_p_N[:, None, None])
-    threshold_NC1 = top_NCK.gather(-1, kept_NCK.sum(dim=-1, keepdim=True) - 1)
+    threshold_NC1 = top_NCK.gather(-1, (kept_NCK.sum(dim=-1, keepdim=True) - 1).clamp_(min=0))
     settled_NC = (mass_NCK[..., -1] >= sampling.top_p_N[:, None]) | (~sampling.no_top_k_N | sampling.unfiltered_N)[
         :, None
     ]

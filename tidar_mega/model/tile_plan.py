@@ -21,6 +21,8 @@ from tidar_mega.rows import CLEAN, Rows, rule
 CHUNK = 64  # clean rows of a tile; about 3 * S * CHUNK pairs are computed in vain, smaller chunks cost more calls
 GAP = 16  # unseen keys that are taken along (and masked) so as to keep two ranges of keys in one piece
 
+ROWS_STEP, WIDTH_STEP = 16, 32  # tiles of few different sizes: oneDNN compiles a kernel for each size it meets
+
 Range = tuple[int, int]
 
 
@@ -131,6 +133,7 @@ def _query_ranges(document: Tensor, order: Tensor, is_clean: Tensor, chunk: int)
         cuts = torch.searchsorted(place[clean:].contiguous(), place[firsts[1:]].contiguous())
     else:
         cuts = firsts[1:] * (total - clean) // max(clean, 1)
+    cuts = ((cuts + ROWS_STEP // 2) // ROWS_STEP * ROWS_STEP).clamp_max(total - clean)
     edges = [clean, *(clean + cuts).tolist(), total]
     result: list[tuple[Range, ...]] = []
     for i, a in enumerate(firsts.tolist()):
@@ -157,11 +160,22 @@ def _key_ranges(sees_RT: Tensor) -> tuple[tuple[Range, ...], int]:
     runs = _runs(sees_RT.any(0), GAP)
     everywhere = _runs(sees_RT.all(0))
     if not everywhere:
-        return tuple(runs), 0
+        return _rounded(runs, sees_RT.shape[1]), 0
     first, last = max(everywhere, key=lambda r: r[1] - r[0])
     home = next(r for r in runs if r[0] <= first and last <= r[1])
     rest = [(home[0], first)] if home[0] < first else []
-    return ((first, home[1]), *rest, *(r for r in runs if r != home)), last - first
+    runs = [(first, home[1]), *rest, *(r for r in runs if r != home)]
+    return _rounded(runs, sees_RT.shape[1]), last - first
+
+
+def _rounded(ranges: list[Range], total: int) -> tuple[Range, ...]:
+    """Takes unseen keys along behind the last range, where there are any, to make the width a multiple of a step."""
+    if not ranges:
+        return ()
+    more = -sum(b - a for a, b in ranges) % WIDTH_STEP
+    first, last = ranges[-1]
+    end = min([total, *(a for a, _ in ranges if a >= last)])
+    return (*ranges[:-1], (first, min(last + more, end)))
 
 
 def _bias(sees_RT: Tensor, keys: tuple[Range, ...], free: int, shared: dict) -> tuple[Tensor | None, Tensor | None]:
