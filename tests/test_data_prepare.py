@@ -180,7 +180,7 @@ def test_the_tokenizer_never_sees_the_held_out_files(corpus, tmp_path):
 def test_the_number_of_workers_changes_no_byte(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "_BATCH", 200)
     monkeypatch.setattr(prepare.Job, "_processes", lambda self, *_: self.workers)
-    options = (corpus, "--shard-size", "2KB", "--validation-fraction", "0.3")
+    options = (corpus, "--shard-size", "4KB")
     run(tmp_path / "one", *options)
     run(tmp_path / "two", *options, "--workers", "2")
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
@@ -220,6 +220,24 @@ def test_a_folder_of_other_files_is_refused_even_to_overwrite(corpus, tmp_path):
         with pytest.raises(DataError, match="files that are not of `tidar prepare`"):
             run(corpus, corpus, *overwrite)
     assert len(list(corpus.glob("*.txt"))) == 11
+    website = tmp_path / "website"
+    (website / "train").mkdir(parents=True)
+    (website / "index.json").write_text("{}")
+    with pytest.raises(DataError, match="files that are not of `tidar prepare`"):
+        run(website, corpus, "--overwrite")
+    assert (website / "train").is_dir()
+
+
+def test_the_output_may_lie_inside_the_source(corpus):
+    run(corpus / "out", corpus)
+    assert run(corpus / "out", corpus)["reused"]
+
+
+def test_killed_after_the_index_the_work_folder_goes(corpus, tmp_path):
+    run(tmp_path / "out", corpus)
+    (tmp_path / "out" / ".work").mkdir()
+    assert run(tmp_path / "out", corpus)["reused"]
+    assert not (tmp_path / "out" / ".work").exists()
 
 
 def test_a_damaged_folder_is_not_taken_for_finished(corpus, tmp_path):

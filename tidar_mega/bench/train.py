@@ -112,13 +112,16 @@ def _our_step(config: Config, mesh, method, rows: Rows, vocab: int):
 
 
 def _plain_step(config: Config, mesh, method, rows: Rows, vocab: int):
+    """Float32 weights; bf16 is torch's autocast, the usual way of it, as both then keep float32 optimizer state."""
     dtype = device.DTYPES[config.precision.dtype]
-    model = PlainModel(config.model, gpt.padded_vocab_size(config, vocab)).to(device.device(), dtype)
+    model = PlainModel(config.model, gpt.padded_vocab_size(config, vocab)).to(device.device())
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.optimizer.lr)
     weighted = normalise(Task(config, mesh, method, None, None), [rows])[0].to(device.device())
 
     def step() -> None:
-        model(weighted).backward()
+        with torch.autocast(device.device().type, dtype, enabled=dtype != torch.float32):
+            loss = model(weighted)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_grad)
         optimizer.step()
         optimizer.zero_grad()

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> dict:
     started = time.monotonic()
     settings = _check(args)
     try:
-        files = sources.find(args.sources, args.exclude, args.errors, args.field)
+        files = sources.find(args.sources, args.exclude, args.errors, args.field, args.output)
         args.output.mkdir(parents=True, exist_ok=True)
         with _lock(args.output):
             job = Job(args.output, settings, files, args.workers, args.tokenizer)
@@ -156,6 +156,7 @@ class Job:
     def run(self, overwrite: bool) -> dict:
         request = self._request()
         if self._is_finished(request, overwrite):
+            shutil.rmtree(self.output / WORK, ignore_errors=True)  # of a run that was killed just after the index
             return self._figures(shards.verify(self.output), reused=True)
         _remove_temporary(self.output)
         corpus = Corpus(self.files, self.settings.validation_fraction, self.settings.seed)
@@ -190,7 +191,7 @@ class Job:
                 f"--output {self.output}: it holds another corpus or other settings (see {path}); "
                 "choose another folder, or replace it with --overwrite"
             )
-        if not has_index and not path.is_file() and any(not p.name.startswith(".") for p in self.output.iterdir()):
+        if not path.is_file() and any(not p.name.startswith(".") for p in self.output.iterdir()):
             raise DataError(f"--output {self.output}: it has files that are not of `tidar prepare`; choose another one")
         if overwrite or not _is_same(path, request):
             _empty(self.output)

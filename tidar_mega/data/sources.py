@@ -41,7 +41,9 @@ class SourceFile:
         return _inner_suffix(self.path) == ".jsonl"
 
 
-def find(sources: Iterable[str], exclude: Iterable[str], errors: str, field: str) -> list[SourceFile]:
+def find(
+    sources: Iterable[str], exclude: Iterable[str], errors: str, field: str, output: Path | None = None
+) -> list[SourceFile]:
     """All files of the sources, those of a folder sorted by name; hidden files of a folder are left out.
 
     Args:
@@ -49,15 +51,19 @@ def find(sources: Iterable[str], exclude: Iterable[str], errors: str, field: str
         exclude: shell patterns, matched against a file's name and against its path inside the source.
         errors: what to do with bytes that are not UTF-8: strict | replace | skip.
         field: the text field of .jsonl files.
+        output: a folder that may lie inside a source, but is no part of it.
 
     Raises DataError if a source does not exist or no file is left.
     """
-    patterns = list(exclude)
+    sources, patterns = list(sources), list(exclude)
+    is_inside = output is not None and any(Path(s).resolve() in output.resolve().parents for s in sources)
+    inner_output = output.resolve() if is_inside else None
     found: dict[Path, SourceFile] = {}
     for source in sources:
         for file in _expand(source, errors, field):
-            if not _matches(file.name, patterns):
-                found.setdefault(file.path.resolve(), file)
+            path = file.path.resolve()
+            if not _matches(file.name, patterns) and inner_output not in path.parents:
+                found.setdefault(path, file)
     if not found:
         raise DataError(f"{' '.join(map(str, sources))}: no file found (folders are searched, hidden files left out)")
     return list(found.values())

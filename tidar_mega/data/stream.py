@@ -9,8 +9,10 @@ Shape suffixes: N = seq_length + 1 tokens of a window, with the one that the las
 
 from __future__ import annotations
 
+import bisect
 import functools
 import hashlib
+import itertools
 import os
 from pathlib import Path
 
@@ -125,40 +127,43 @@ class Reader:
         self._dtype = np.dtype(index.dtype)
         part = index.splits[split]
         self._names = [shard.name for shard in part.shards]
-        self._first_documents = np.cumsum([0] + [shard.documents for shard in part.shards])
-        self._starts, self._offsets = self._load_documents()
+        self._first_documents = [0, *itertools.accumulate(shard.documents for shard in part.shards)]
+        self._starts, self._offsets = self._load_documents(part.tokens)
         self._descriptor = functools.lru_cache(maxsize=_OPEN_FILES)(self._open)
 
-    def _load_documents(self) -> np.ndarray:
+    def _load_documents(self, tokens: int) -> tuple[np.ndarray, np.ndarray]:
         path = self.folder / shards.DOCUMENTS
         try:
-            return np.load(path, mmap_mode="r", allow_pickle=False)
+            starts, offsets = np.load(path, mmap_mode="r", allow_pickle=False)
+            if starts[0] != 0 or starts[-1] != tokens or (np.diff(starts) <= 0).any():
+                raise ValueError("the first tokens of the documents do not rise from 0 to the tokens of the split")
         except ValueError as error:
             raise DataError(f"{path}: damaged ({error}); {shards.RESTORE}") from None
+        return np.asarray(starts), np.asarray(offsets)  # plain views of the map are faster to index
 
     def window(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens first..first + count - 1, fewer at the end of the split, as (ids, running document number), int64."""
-        ids, numbers = [], []
         end = min(first + count, int(self._starts[-1]))
-        document = int(np.searchsorted(self._starts, first, side="right")) - 1
-        while first < end:
-            start, stop = int(self._starts[document]), int(self._starts[document + 1])
-            ids.append(self._read(document, stop - start, first - start, min(end, stop) - start))
-            numbers.append(len(ids[-1]))
-            first, document = min(end, stop), document + 1
-        return np.concatenate(ids).astype(np.int64), np.repeat(np.arange(len(numbers)), numbers)
+        begin, stop = np.searchsorted(self._starts, [first, end - 1], side="right").tolist()
+        starts = self._starts[begin - 1 : stop + 1].tolist()
+        ids = []
+        for i, document in enumerate(range(begin - 1, stop)):
+            start, following = starts[i : i + 2]
+            ids.append(self._read(document, following - start, max(first - start, 0), min(end, following) - start))
+        return np.concatenate(ids).astype(np.int64), np.repeat(np.arange(len(ids)), [len(part) for part in ids])
 
     def _read(self, document: int, length: int, first: int, stop: int) -> np.ndarray:
         """Ids first..stop-1 of a document of `length` tokens. `pread`, as a cut file would kill a reader of a map."""
-        shard = int(np.searchsorted(self._first_documents, document, side="right")) - 1
+        shard = bisect.bisect_right(self._first_documents, document) - 1
         offset, itemsize = int(self._offsets[document]), self._dtype.itemsize
         try:
             file = self._descriptor(shard)
             header = os.pread(file.number, shards.HEADERS, offset - shards.HEADERS)
-            content = os.pread(file.number, (stop - first) * itemsize, offset + first * itemsize)
-        except OSError as error:
+            is_there = _is_header(header, document, length * itemsize)
+            content = os.pread(file.number, (stop - first) * itemsize, offset + first * itemsize) if is_there else b""
+        except (OSError, OverflowError) as error:
             raise DataError(f"{self.folder / self._names[shard]}: cannot be read at byte {offset} ({error})") from None
-        if not _is_header(header, document, length * itemsize) or len(content) != (stop - first) * itemsize:
+        if not is_there or len(content) != (stop - first) * itemsize:
             raise DataError(
                 f"{self.folder / self._names[shard]}: damaged at byte {offset}: document {document} with {length} "
                 f"tokens is not there; {shards.RESTORE}"

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -102,11 +103,11 @@ def make_plan(rows: Rows, chunk: int = CHUNK) -> tuple[Structure, ...]:
 
 
 def _structure(fields_4T: Tensor, sequences: Tensor, causal_in_group: bool, chunk: int) -> Structure:
-    document, order, horizon, group = fields_4T.to(torch.int32)
-    query_ranges = _query_ranges(document.long(), order.long(), group == CLEAN, chunk)
+    query_ranges = _query_ranges(fields_4T[0], fields_4T[1], fields_4T[3] == CLEAN, chunk)
+    document, order, horizon, group = fields_4T.to(torch.int32).numpy()  # numpy: many small steps, no threads to wake
     tiles, row_order, start, before, shared = [], [], 0, (), {}
     for ranges in query_ranges:
-        r = torch.cat([torch.arange(a, b) for a, b in ranges])
+        r = np.concatenate([np.arange(a, b) for a, b in ranges])
         sees_RT = rule(
             document[r, None], order[r, None], horizon[r, None], group[r, None], document, order, group, causal_in_group
         )
@@ -119,7 +120,7 @@ def _structure(fields_4T: Tensor, sequences: Tensor, causal_in_group: bool, chun
             tiles.append(Tile(start, start + len(r), keys, width, kept, free, bias, sees))
             before = keys
         start += len(r)
-    return Structure(sequences, torch.cat(row_order), tuple(tiles))
+    return Structure(sequences, torch.from_numpy(np.concatenate(row_order)), tuple(tiles))
 
 
 def _query_ranges(document: Tensor, order: Tensor, is_clean: Tensor, chunk: int) -> list[tuple[Range, ...]]:
@@ -144,18 +145,18 @@ def _query_ranges(document: Tensor, order: Tensor, is_clean: Tensor, chunk: int)
     return result
 
 
-def _runs(flag_T: Tensor, gap: int = 0) -> list[Range]:
+def _runs(flag_T: np.ndarray, gap: int = 0) -> list[Range]:
     """The ranges where the flag is set; ranges at most `gap` apart become one."""
-    index = flag_T.nonzero().squeeze(1)
+    index = np.flatnonzero(flag_T)
     if not len(index):
         return []
-    breaks = (index.diff() > gap + 1).nonzero().squeeze(1)
+    breaks = np.flatnonzero(np.diff(index) > gap + 1)
     firsts = [int(index[0]), *index[breaks + 1].tolist()]
     lasts = [*index[breaks].tolist(), int(index[-1])]
     return [(a, b + 1) for a, b in zip(firsts, lasts, strict=True)]
 
 
-def _key_ranges(sees_RT: Tensor) -> tuple[tuple[Range, ...], int]:
+def _key_ranges(sees_RT: np.ndarray) -> tuple[tuple[Range, ...], int]:
     """The ranges of keys that some row of the tile sees, beginning with the longest that all of its rows see."""
     runs = _runs(sees_RT.any(0), GAP)
     everywhere = _runs(sees_RT.all(0))
@@ -178,15 +179,16 @@ def _rounded(ranges: list[Range], total: int) -> tuple[Range, ...]:
     return (*ranges[:-1], (first, min(last + more, end)))
 
 
-def _bias(sees_RT: Tensor, keys: tuple[Range, ...], free: int, shared: dict) -> tuple[Tensor | None, Tensor | None]:
+def _bias(sees_RT: np.ndarray, keys: tuple[Range, ...], free: int, shared: dict) -> tuple[Tensor | None, Tensor | None]:
     """The additive mask of the keys that are not free, and which rows see anything; equal tensors are made once."""
-    sees_LR = torch.cat([sees_RT[:, a:b] for a, b in keys], dim=1)[:, free:].T.contiguous()
-    if bool(sees_LR.all()):
+    sees_LR = np.ascontiguousarray(np.concatenate([sees_RT[:, a:b] for a, b in keys], axis=1)[:, free:].T)
+    if sees_LR.all():
         return None, None
     sees_R = sees_LR.any(0) | (free > 0)
-    bias_LR = torch.zeros(sees_LR.shape).masked_fill_(~sees_LR & sees_R, float("-inf"))
-    bias_LR = shared.setdefault((bias_LR.shape, sees_LR.numpy().tobytes()), bias_LR)
-    return bias_LR, None if bool(sees_R.all()) else sees_R.float()
+    key = (sees_LR.shape, sees_LR.tobytes())
+    if key not in shared:
+        shared[key] = torch.from_numpy(np.where(sees_LR | ~sees_R, np.float32(0), np.float32("-inf")))
+    return shared[key], None if sees_R.all() else torch.from_numpy(sees_R).float()
 
 
 def _common(before: tuple[Range, ...], keys: tuple[Range, ...]) -> int:
