@@ -38,7 +38,7 @@ def test_loss_and_gradients_equal_torchs(chunk, dtype, tolerance):
     got = cross_entropy(hidden, head, rows, None, chunk)
     (3 * got.total).backward()
     total, grad_hidden, grad_head, loss, logits = reference(hidden.detach(), head.detach(), rows)
-    close = dict(rtol=tolerance, atol=tolerance * 10)
+    close = {"rtol": tolerance, "atol": tolerance * 10}
     torch.testing.assert_close(got.total.double(), total.detach(), **close)
     torch.testing.assert_close(hidden.grad.double(), 3 * grad_hidden, **close)
     torch.testing.assert_close(head.grad.double(), 3 * grad_head, **close)

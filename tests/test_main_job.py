@@ -1,4 +1,4 @@
-"""The main job through its commands: prepare, pretrain in two processes, every kind of interruption, resume, generate."""
+"""The main job through its commands: prepare, pretrain in two processes, interruptions, resume, generate."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def test_subsets_and_offsets_keep_whole_blocks_that_see_only_what_is_before_them
         same_document = clean.document[0] == rows.document[0, q]
         assert torch.equal(mask[q, :size], same_document & (clean.order[0] < rows.horizon[0, q]))
         assert rows.order[0, q] >= rows.horizon[0, q]
-    lengths = [n for n in torch.bincount(clean.document[0][clean.document[0] >= 0]).tolist()]
+    lengths = torch.bincount(clean.document[0][clean.document[0] >= 0]).tolist()
     shifts = set()
     for (document, horizon), orders in starts.items():
         end = min(lengths[document], horizon + (orders[-1] - horizon) + 1)

@@ -12,7 +12,6 @@ from pathlib import Path
 from tidar_mega import config as config_module
 from tidar_mega.config import Config, UserError
 
-
 # What megatron-core and torch say at import and inside their own calls, on every rank; `tidar doctor` says it once.
 _THEIR_WARNINGS = r"(megatron|torch)\."
 

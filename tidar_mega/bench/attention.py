@@ -18,6 +18,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from tidar_mega.config import UserError
 from tidar_mega.model.attention import TrainingAttention
 from tidar_mega.rows import Rows, visible
 
@@ -39,9 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict:
     """Figures for fp32 at the top level (`dense_over_tiles`, `tiles_over_causal_2s`), for each type under its name."""
     if args.seq_length % args.block:
-        raise ValueError(f"--seq-length {args.seq_length} must be a multiple of --block {args.block}")
+        raise UserError(f"--seq-length {args.seq_length} must be a multiple of --block {args.block}")
     if args.heads % args.kv_heads:
-        raise ValueError(f"--heads {args.heads} must be a multiple of --kv-heads {args.kv_heads}")
+        raise UserError(f"--heads {args.heads} must be a multiple of --kv-heads {args.kv_heads}")
     before = torch.get_num_threads()
     torch.set_num_threads(args.threads)
     try:

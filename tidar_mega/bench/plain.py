@@ -14,7 +14,7 @@ from tidar_mega.rows import Rows, visible
 
 
 class PlainModel(nn.Module):
-    """Same shape and rows as the megatron model; SDPA with a boolean mask, logits of all rows, torch's cross entropy."""
+    """Shape and rows of the megatron model; SDPA with a boolean mask, logits of all rows, torch's cross entropy."""
 
     def __init__(self, shape: ModelConfig, vocab_size: int) -> None:
         super().__init__()

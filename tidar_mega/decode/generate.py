@@ -40,8 +40,8 @@ def _summary(text: str, commits: list[list[int]], seconds: float, show: bool) ->
     per_forward = sum(later) / len(later) if later else 1.0
     if show:
         print(f"tokens of each forward: {' '.join(map(str, counts))}")
-        speed = sum(counts) / seconds
-        print(f"{sum(counts)} tokens, {len(counts)} forwards, {per_forward:.2f} tokens per forward, {speed:.0f} tokens/s")
+        totals = f"{sum(counts)} tokens, {len(counts)} forwards, {per_forward:.2f} tokens per forward"
+        print(f"{totals}, {sum(counts) / seconds:.0f} tokens/s")
     return {"text": text, "commits": commits, "tokens_per_forward": per_forward, "seconds": seconds}
 
 

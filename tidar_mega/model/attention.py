@@ -21,6 +21,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from tidar_mega.config import ConfigError
 from tidar_mega.model.tile_plan import Structure, make_plan
 from tidar_mega.model.tiles import tiled_attention
 from tidar_mega.rows import Rows, rule, visible
@@ -74,13 +75,15 @@ class TrainingAttention:
 
     def __init__(self, rows: Rows, backend: str):
         if backend not in BACKENDS:
-            raise ValueError(f"model.attention: {backend!r} is not one of {', '.join(BACKENDS)} (resolve 'auto' first)")
+            raise ConfigError(
+                f"model.attention: {backend!r} is not one of {', '.join(BACKENDS)} (resolve 'auto' first)"
+            )
         self.rows, self.backend = rows, backend
 
     def attend(self, layer_number: int, q_TBHE: Tensor, k_TBGE: Tensor, v_TBGE: Tensor, scale: float) -> Tensor:
         if self.backend == "tiles":
             if q_TBHE.device.type != "cpu":
-                raise ValueError(f"model.attention=tiles works on CPU, not on {q_TBHE.device}; use flex or dense")
+                raise ConfigError(f"model.attention=tiles works on CPU, not on {q_TBHE.device}; use flex or dense")
             return tiled_attention(q_TBHE, k_TBGE, v_TBGE, scale, self._plan)
         q_BHTE, k_BGTE, v_BGTE = (x.permute(1, 2, 0, 3) for x in (q_TBHE, k_TBGE, v_TBGE))
         if self.backend == "dense":
@@ -129,24 +132,24 @@ def flex_rule(rows: Rows):
 
 def choose_backend(name: str, device: torch.device | str, dtype: torch.dtype) -> str:
     """Resolves `model.attention`: 'auto' is flex on CUDA (dense for float64, which flex has no kernels for) and tiles
-    on CPU. Raises ValueError for a backend that cannot train on the device."""
+    on CPU. Raises ConfigError for a backend that cannot train on the device."""
     kind = torch.device(device).type
     if name == "auto":
         if kind == "cpu":
             return "tiles"
         return "dense" if dtype == torch.float64 else "flex"
     if name not in BACKENDS:
-        raise ValueError(f"model.attention: {name!r} is not one of auto, {', '.join(BACKENDS)}")
+        raise ConfigError(f"model.attention: {name!r} is not one of auto, {', '.join(BACKENDS)}")
     if name == "tiles" and kind != "cpu":
-        raise ValueError(f"model.attention=tiles works on CPU, not on {kind}; use flex, dense or auto")
+        raise ConfigError(f"model.attention=tiles works on CPU, not on {kind}; use flex, dense or auto")
     if name == "flex" and kind == "cpu":
-        raise ValueError("model.attention=flex has no backward on CPU; use tiles, dense or auto")
+        raise ConfigError("model.attention=flex has no backward on CPU; use tiles, dense or auto")
     return name
 
 
 def _check_flex(*inputs: Tensor) -> None:
     if inputs[0].device.type == "cpu" and torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-        raise ValueError("model.attention=flex has no backward on CPU; use tiles or dense (or torch.no_grad())")
+        raise ConfigError("model.attention=flex has no backward on CPU; use tiles or dense (or torch.no_grad())")
 
 
 @lru_cache(maxsize=2)
