@@ -9,14 +9,15 @@ READY := $(VENV)/.ready
 quickstart: $(READY)
 	$(BIN)/python tools/quickstart.py
 
-test: $(READY)
+test: $(READY) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not gpu" --durations=10
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest tests -m gpu
 
 lint: $(READY)
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

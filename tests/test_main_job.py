@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 pytestmark = pytest.mark.distributed
@@ -73,8 +74,8 @@ def work(tmp_path_factory) -> Path:
     return folder
 
 
-def interrupt(folder: Path, run: str, after: int, number: int, *overrides: str) -> int:
-    """Starts a run and sends it a signal once step `after` is logged; returns the exit code."""
+def interrupt(folder: Path, run: str, after: int, how, *overrides: str) -> int:
+    """Starts a run and, once step `after` is logged, sends it the signal `how` or calls it; returns the exit code."""
     process = subprocess.Popen(
         command("pretrain", "run.yaml", f"run_dir={run}", *overrides),
         cwd=folder,
@@ -86,7 +87,7 @@ def interrupt(folder: Path, run: str, after: int, number: int, *overrides: str) 
     while after not in metrics(folder, run) and time.monotonic() < deadline:
         assert process.poll() is None, "ended too early"
         time.sleep(0.02)
-    process.send_signal(number)
+    how(process) if callable(how) else process.send_signal(how)
     return process.wait(timeout=60)
 
 
@@ -123,6 +124,22 @@ def test_a_stop_signal_saves_and_the_same_command_goes_on(work):
     tidar(work, "pretrain", "run.yaml", "run_dir=stopped")
     assert losses(work, "stopped") == losses(work, "whole")
     assert "already done" in tidar(work, "pretrain", "run.yaml", "run_dir=stopped")
+
+
+def test_one_killed_rank_ends_the_run_in_seconds_and_nothing_is_lost(work):
+    """The other rank waits in a collective that would only time out after minutes."""
+
+    def kill_a_rank(process: subprocess.Popen) -> None:
+        ranks = [c for c in psutil.Process(process.pid).children() if c.environ().get("RANK") == "1"]
+        assert len(ranks) == 1
+        ranks[0].kill()
+
+    started = time.monotonic()
+    assert interrupt(work, "one_rank", 7, kill_a_rank) == 128 + signal.SIGKILL
+    assert time.monotonic() - started < 60
+    assert not [p for p in psutil.process_iter(["cmdline"]) if "run_dir=one_rank" in (p.info["cmdline"] or [])]
+    tidar(work, "pretrain", "run.yaml", "run_dir=one_rank")
+    assert losses(work, "one_rank") == losses(work, "whole")
 
 
 def test_another_number_of_replicas_goes_on_with_the_same_samples(work):

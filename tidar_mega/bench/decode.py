@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> dict:
     params = SamplingParams(max_tokens=args.max_tokens, seed=loaded.config.decode.seed)
     figures = compare(loaded.engine, prompts, params, args.repeats)
     figures |= held_out_loss(loaded.engine, stream, loaded.tokenizer.token_bytes)
+    figures |= {"parameters": loaded.parameters, "checkpoint": str(loaded.checkpoint)}
     show(figures)
     return figures
 

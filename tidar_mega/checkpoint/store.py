@@ -44,7 +44,7 @@ class CheckpointStore:
         return next(reversed(self.published()), None)
 
     def save(self, mesh: Mesh, step: int, parts: dict, meta: dict, tokenizer: Path, size: int) -> Path:
-        """Collective. Writes `parts` (from `state.sharded`), about `size` bytes, and publishes them whole or not at all.
+        """Collective. Writes `parts` (of `state.sharded`, about `size` bytes) and publishes them whole or not at all.
 
         Raises CheckpointError on every rank, for example on a full disk; earlier checkpoints stay as they are.
         """

@@ -1,0 +1,116 @@
+"""The optimizer against plain AdamW, its schedule against the formulas, and the policy for non-finite gradients."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tests import processes
+from tests.test_training_step import MASK, SEQUENCES, VOCAB, Text, plain_step, settings
+
+STEPS = 20
+
+
+def learning_rates(rank: int, config) -> list[float]:
+    from tidar_mega.model import gpt
+    from tidar_mega.parallel.mesh import build_mesh
+    from tidar_mega.train import optim
+
+    build_mesh(config)
+    model = optim.wrap(config, gpt.build(config, VOCAB))
+    optimizer = optim.build_optimizer(config, model)
+    scheduler = optim.build_scheduler(config, optimizer)
+    rates = []
+    for _ in range(STEPS):
+        rates.append(optimizer.param_groups[0]["lr"])
+        scheduler.step(1)
+    return rates
+
+
+def expected(schedule: str, step: int) -> float:
+    """Warm-up of 4 steps to 1e-2, then down to 1e-3 at step 20 (the decay of wsd takes the last 6)."""
+    top, low, warmup = 1e-2, 1e-3, 4
+    if step <= warmup:
+        return top * step / warmup
+    if schedule == "constant":
+        return top
+    if schedule == "cosine":
+        share = (step - warmup) / (STEPS - warmup)
+    else:
+        share = max(0.0, (step - (STEPS - 6)) / 6)
+    return low + (top - low) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
+def test_the_learning_rate_is_the_formulas(schedule):
+    optimizer = {"lr": 1e-2, "min_lr": 1e-3, "schedule": schedule, "warmup_steps": 4, "decay_steps": 6}
+    (rates,) = processes.run(learning_rates, 1, settings(train={"steps": STEPS}, optimizer=optimizer))
+    assert rates == pytest.approx([expected(schedule, step) for step in range(STEPS)], rel=1e-6)
+
+
+def three_steps(rank: int, config):
+    """The weights before and after three steps, and after one more whose gradient is not finite."""
+    from tidar_mega import methods
+    from tidar_mega.model import gpt
+    from tidar_mega.parallel.mesh import build_mesh
+    from tidar_mega.train import optim
+    from tidar_mega.train.step import Task, accumulate_gradients, load_micro_batches
+
+    mesh = build_mesh(config)
+    model = optim.wrap(config, gpt.build(config, VOCAB))
+    optimizer = optim.build_optimizer(config, model)
+    scheduler = optim.build_scheduler(config, optimizer)
+    task = Task(config, mesh, methods.load(config, MASK), model, torch.ones(VOCAB))
+
+    def weights():
+        return {n: p.detach().clone() for n, p in model.module.named_parameters()}
+
+    def gradients() -> None:
+        accumulate_gradients(task, load_micro_batches(task, Text, 0, SEQUENCES))
+
+    before = weights()
+    for _ in range(3):
+        gradients()
+        assert optim.update(optimizer, config.optimizer.clip_grad)[1]
+        scheduler.step(1)
+    after = weights()
+    gradients()
+    next(iter(model.module.parameters())).main_grad.view(-1)[3] = float("nan")
+    norm, applied = optim.update(optimizer, config.optimizer.clip_grad)
+    return before, after, weights(), norm, applied
+
+
+def adamw(weights: dict, config) -> dict:
+    """Three steps of decoupled weight decay Adam (arXiv 1711.05101, algorithm 2) in float64 with exempt vectors."""
+    o = config.optimizer
+    weights = {n: w.double().clone() for n, w in weights.items()}
+    first, second = ({n: torch.zeros_like(w) for n, w in weights.items()} for _ in range(2))
+    for step in range(3):
+        _, gradient = plain_step(weights, config)
+        norm = torch.stack([g.square().sum() for g in gradient.values()]).sum().sqrt()
+        scale = min(1.0, o.clip_grad / (norm + 1e-6))
+        lr = expected("cosine", step)
+        for name, w in weights.items():
+            g = gradient[name] * scale
+            first[name] = o.beta1 * first[name] + (1 - o.beta1) * g
+            second[name] = o.beta2 * second[name] + (1 - o.beta2) * g * g
+            mean = first[name] / (1 - o.beta1 ** (step + 1))
+            square = second[name] / (1 - o.beta2 ** (step + 1))
+            decay = o.weight_decay if w.dim() > 1 else 0.0
+            weights[name] = w * (1 - lr * decay) - lr * mean / (square.sqrt() + o.epsilon)
+    return weights
+
+
+@pytest.mark.distributed
+def test_steps_are_adamws_with_clipping_and_exempt_norms_and_a_nan_changes_nothing():
+    optimizer = {"lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 4, "clip_grad": 0.5, "weight_decay": 0.5, "epsilon": 1e-4}
+    config = settings(train={"steps": STEPS}, optimizer=optimizer)
+    ((before, after, later, norm, applied),) = processes.run(three_steps, 1, config)
+    for name, wanted in adamw(before, config).items():
+        moved = (wanted - before[name]).abs().max()
+        assert (after[name] - wanted).abs().max() < 2e-3 * moved + 1e-7, name
+    assert not math.isfinite(norm) and not applied
+    assert all(torch.equal(after[n], later[n]) for n in after)
