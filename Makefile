@@ -10,7 +10,7 @@ quickstart: $(READY)
 	$(BIN)/python tools/quickstart.py
 
 test: $(READY) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not gpu" --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --durations=10
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest tests -m gpu
@@ -21,7 +21,7 @@ lint: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
 

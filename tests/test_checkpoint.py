@@ -36,12 +36,12 @@ class Trainer:
 
     def steps(self, count: int) -> list[tuple[float, float]]:
         from tidar_mega.train import optim
-        from tidar_mega.train.step import accumulate_gradients, load_micro_batches, summarise
+        from tidar_mega.train.step import accumulate_gradients, micro_batches, summarise
 
         figures = []
         for _ in range(count):
             progress = self.state.progress
-            batch = load_micro_batches(self.task, Text, progress.samples, SEQUENCES)
+            batch = list(micro_batches(self.task, Text, progress.samples, SEQUENCES))
             loss = summarise(self.task, accumulate_gradients(self.task, batch))["loss"]
             norm, _ = optim.update(self.state.optimizer, self.config.optimizer.clip_grad)
             self.state.scheduler.step(1)
@@ -99,6 +99,7 @@ SAME = {
     "bf16, data 2": (2, layout("bf16", data=2)),
     "bf16, data 2, plain optimizer": (2, layout("bf16", data=2, distributed_optimizer=False)),
     "bf16, tensor 2": (2, layout("bf16", tensor=2)),
+    "bf16, data 2, overlapped": (2, layout("bf16", data=2, overlap_grad_reduce=True, overlap_param_gather=True)),
 }
 
 

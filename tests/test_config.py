@@ -24,6 +24,8 @@ BAD = {
     "model.attention=fast": "tiles",
     "no_such=1": "allowed here",
     "oops": "key=value",
+    "train.alpha=0": "above 0",
+    "optimizer.beta1=1.5": "below 1",
 }
 
 
@@ -68,3 +70,20 @@ def test_every_shipped_config_loads():
     assert paths
     for path in paths:
         load(path)
+
+
+def test_rows_that_sequence_parallel_cannot_split_are_refused():
+    split = ["parallel.tensor=4", "parallel.sequence=true", "data.seq_length=48", "train.block=2"]
+    load(None, [*split, "train.draft_fraction=0.25"])
+    with pytest.raises(ConfigError, match=r"48 \+ 10"):
+        load(None, [*split, "train.draft_fraction=0.2"])
+
+
+def test_one_process_per_gpu():
+    from tidar_mega import launch
+
+    two = load(None, ["parallel.data=2"])
+    assert launch.local_processes(two, gpus=0) == launch.local_processes(two, gpus=2) == 2
+    assert launch.local_processes(load(None), gpus=8) == 8
+    with pytest.raises(ConfigError, match=r"this machine has 1 GPU"):
+        launch.local_processes(two, gpus=1)

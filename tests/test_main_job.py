@@ -106,11 +106,24 @@ def test_samples_per_line_are_the_global_index(work):
     assert [line["samples"] for line in metrics(work, "whole").values()] == [8 * step for step in range(1, 17)]
 
 
-@pytest.mark.parametrize("after", [7, 10])
-def test_killed_at_any_moment_it_goes_on_bit_for_bit(work, after):
-    """Step 10 is where a checkpoint is being written."""
-    run = f"killed_{after}"
-    assert interrupt(work, run, after, signal.SIGKILL) == -signal.SIGKILL
+def while_saving(folder: Path, run: str):
+    """Waits until a checkpoint is being written, then kills."""
+
+    def kill(process: subprocess.Popen) -> None:
+        deadline = time.monotonic() + 60
+        while not list((folder / run / "checkpoints").glob(".step_*.unfinished")):
+            assert time.monotonic() < deadline and process.poll() is None
+        process.kill()
+
+    return kill
+
+
+@pytest.mark.parametrize("moment", ["between", "while saving"])
+def test_killed_at_any_moment_it_goes_on_bit_for_bit(work, moment):
+    run = f"killed_{moment.replace(' ', '_')}"
+    how = signal.SIGKILL if moment == "between" else while_saving(work, run)
+    assert interrupt(work, run, 7, how) == -signal.SIGKILL
+    assert 7 <= max(metrics(work, run)) < 16
     time.sleep(1.0)  # the ranks die with their parent
     out = tidar(work, "pretrain", "run.yaml", f"run_dir={run}")
     assert "resumed from" in out
@@ -120,10 +133,30 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(work, after):
 def test_a_stop_signal_saves_and_the_same_command_goes_on(work):
     assert interrupt(work, "stopped", 7, signal.SIGTERM) == 0
     stopped_at = max(metrics(work, "stopped"))
+    assert stopped_at < 16
     assert (work / "stopped" / "checkpoints" / f"step_{stopped_at:08d}").is_dir()
     tidar(work, "pretrain", "run.yaml", "run_dir=stopped")
     assert losses(work, "stopped") == losses(work, "whole")
     assert "already done" in tidar(work, "pretrain", "run.yaml", "run_dir=stopped")
+
+
+def test_a_log_line_that_spans_a_restart_is_that_of_the_whole_run(work):
+    """Lines at 6, 12 and 16, checkpoints at 5, 10 and 15: a restart always falls between two lines."""
+    every = "log.interval=6"
+    tidar(work, "pretrain", "run.yaml", "run_dir=lines", every)
+    interrupt(work, "spanned", 6, signal.SIGKILL, every)
+    time.sleep(1.0)
+    assert "resumed from" in tidar(work, "pretrain", "run.yaml", "run_dir=spanned", every)
+    assert losses(work, "spanned") == losses(work, "lines")
+
+
+def test_two_runs_do_not_share_a_folder(work):
+    import fcntl
+
+    (work / "locked").mkdir()
+    with (work / "locked" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another run is using it" in tidar(work, "pretrain", "run.yaml", "run_dir=locked", code=2)
 
 
 def test_one_killed_rank_ends_the_run_in_seconds_and_nothing_is_lost(work):
@@ -146,7 +179,9 @@ def test_another_number_of_replicas_goes_on_with_the_same_samples(work):
     """In float32, as the order of a sum over ranks changes the last bits."""
     tidar(work, "pretrain", "run.yaml", "run_dir=fp32", "precision.dtype=fp32")
     interrupt(work, "fewer", 6, signal.SIGTERM, "precision.dtype=fp32")
-    tidar(work, "pretrain", "run.yaml", "run_dir=fewer", "precision.dtype=fp32", "parallel.data=1")
+    assert max(metrics(work, "fewer")) < 16
+    out = tidar(work, "pretrain", "run.yaml", "run_dir=fewer", "precision.dtype=fp32", "parallel.data=1")
+    assert "resumed from" in out and "1 process" in out
     whole, fewer = losses(work, "fp32"), losses(work, "fewer")
     assert whole.keys() == fewer.keys()
     for step, figures in whole.items():
@@ -156,7 +191,7 @@ def test_another_number_of_replicas_goes_on_with_the_same_samples(work):
 def test_tensorboard_has_every_step_once(work):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    board = EventAccumulator(str(work / "killed_7" / "tensorboard")).Reload()
+    board = EventAccumulator(str(work / "killed_between" / "tensorboard")).Reload()
     events = board.Scalars("train/loss")
     assert [e.step for e in events] == list(range(1, 17))
     expected = {step: line["loss"] for step, line in metrics(work, "whole").items()}
@@ -188,6 +223,8 @@ REFUSED = {
     "no method": (["pretrain", "run.yaml", "method=none", "run_dir=x1"], "method = none: must be one of ar, tidar"),
     "no corpus": (["pretrain", "run.yaml", "data.path=none", "run_dir=x2"], "none"),
     "another shape": (["pretrain", "run.yaml", "run_dir=whole", "train.steps=20", "model.num_layers=3"], "num_layers"),
+    "a folder that is a file": (["pretrain", "run.yaml", "run_dir=run.yaml"], "run_dir = run.yaml: cannot be written"),
+    "a result that cannot be written": (["doctor", "--json", "run.yaml/x.json"], "--json run.yaml/x.json"),
     "no checkpoint": (["generate", "none", "--prompt", "x"], "no checkpoint there"),
     "no prompt": (["generate", "whole", "--prompt", ""], "prompt is empty"),
 }

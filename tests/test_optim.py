@@ -57,7 +57,7 @@ def three_steps(rank: int, config):
     from tidar_mega.model import gpt
     from tidar_mega.parallel.mesh import build_mesh
     from tidar_mega.train import optim
-    from tidar_mega.train.step import Task, accumulate_gradients, load_micro_batches
+    from tidar_mega.train.step import Task, accumulate_gradients, micro_batches
 
     mesh = build_mesh(config)
     model = optim.wrap(config, gpt.build(config, VOCAB))
@@ -69,7 +69,7 @@ def three_steps(rank: int, config):
         return {n: p.detach().clone() for n, p in model.module.named_parameters()}
 
     def gradients() -> None:
-        accumulate_gradients(task, load_micro_batches(task, Text, 0, SEQUENCES))
+        accumulate_gradients(task, list(micro_batches(task, Text, 0, SEQUENCES)))
 
     before = weights()
     for _ in range(3):

@@ -51,7 +51,14 @@ def test_the_quickstart_runs_the_commands_of_the_readme():
     script = (ROOT / "tools" / "quickstart.py").read_text()
     for words in ('"prepare", "stdlib"', '"pretrain", CONFIG', '"generate", str(RUN)', '"bench", "decode"'):
         assert words in script
-    for value in ("--vocab-size", "259", "--validation-fraction", "0.02", "def read_lines(path", "decode.max_tokens=200"):
+    for value in (
+        "--vocab-size",
+        "259",
+        "--validation-fraction",
+        "0.02",
+        "def read_lines(path",
+        "decode.max_tokens=200",
+    ):
         assert value in script and value in README
 
 

@@ -27,6 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     if rest:  # settings may also stand behind options
         args.overrides += rest
     try:
+        _check_json(getattr(args, "json", None))
         return args.verb(args) or 0
     except UserError as error:
         rank = f"[rank {os.environ['RANK']}] " if os.environ.get("RANK", "0") != "0" else ""
@@ -62,8 +63,17 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
 
 def _write_json(path: Path | None, figures: dict) -> None:
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def _check_json(path: Path | None) -> None:
+    """Before the work, not after it."""
+    try:
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.open("a").close()
+    except OSError as error:
+        raise UserError(f"--json {path}: cannot be written ({error.strerror}); name a file that can") from None
 
 
 # doctor
@@ -122,13 +132,15 @@ def _pretrain(args) -> int:
         return _pretrain_worker(config)
     import torch
 
+    from tidar_mega import methods
     from tidar_mega.data.stream import open_stream
 
+    gpus = torch.cuda.device_count()
+    processes = launch.local_processes(config, gpus)
+    methods.check(config)
     for split in ("train", "validation"):  # bad data is one error here, before any process starts
         open_stream(config.data.path, split, config.data.seq_length, config.train.seed)
-    gpus = torch.cuda.device_count()
-    arguments = ["pretrain", str(args.config), *args.overrides]
-    return launch.run_local(arguments, launch.local_processes(config, gpus), gpus)
+    return launch.run_local(["pretrain", str(args.config), *args.overrides], processes, gpus)
 
 
 def _pretrain_worker(config: Config) -> int:

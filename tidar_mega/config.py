@@ -64,9 +64,10 @@ class TrainConfig:
     draft_fraction: float = 1.0  # share of the blocks of a sequence that are drafted in a step
     random_offset: bool = False  # shift the block starts of each sequence by a random 0..block-1
     loss_chunk: int = 2048  # rows of which logits exist at once
-    nan_limit: int = 3  # a step with a non-finite loss or gradient is skipped; this many in a row end the run
+    nan_limit: int = 3  # a step with a non-finite gradient is skipped; this many in a row end the run
     eval_interval: int = 200  # steps between validations; 0 = only at the end
-    eval_sequences: int = 64  # held-out sequences of a periodic validation; the final one uses all
+    eval_sequences: int = 64  # held-out sequences of a periodic validation
+    final_eval_sequences: int = 4096  # of the validation at the end, at most all
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,10 @@ def check(config: Config) -> None:
         "train.loss_chunk": t.loss_chunk,
         "train.nan_limit": t.nan_limit,
         "train.eval_sequences": t.eval_sequences,
+        "train.final_eval_sequences": t.final_eval_sequences,
+        "train.alpha": t.alpha,
         "optimizer.lr": o.lr,
+        "optimizer.epsilon": o.epsilon,
         "parallel.tensor": p.tensor,
         "parallel.timeout_minutes": p.timeout_minutes,
         "checkpoint.interval": config.checkpoint.interval,
@@ -216,7 +220,6 @@ def check(config: Config) -> None:
     }.items():
         _require(value > 0, key, value, "a number above 0")
     for key, value in {
-        "train.alpha": t.alpha,
         "train.eval_interval": t.eval_interval,
         "optimizer.min_lr": o.min_lr,
         "optimizer.warmup_steps": o.warmup_steps,
@@ -232,6 +235,8 @@ def check(config: Config) -> None:
     _choice("decode.mode", config.decode.mode, ("fused", "ar"))
     _choice("decode.dtype", config.decode.dtype, ("fp32", "bf16"))
     _require(0 < t.draft_fraction <= 1, "train.draft_fraction", t.draft_fraction, "above 0 and at most 1")
+    for key, beta in {"optimizer.beta1": o.beta1, "optimizer.beta2": o.beta2}.items():
+        _require(0 <= beta < 1, key, beta, "0 or more and below 1")
     _require(0 < config.decode.top_p <= 1, "decode.top_p", config.decode.top_p, "above 0 and at most 1")
     _require(config.decode.block is None or config.decode.block > 0, "decode.block", config.decode.block, "1 or more")
     _check_shapes(config)
@@ -271,7 +276,13 @@ def _check_shapes(config: Config) -> None:
         _require(value % p.tensor == 0, key, value, f"a multiple of parallel.tensor ({p.tensor})", way)
     if p.sequence:
         _require(p.tensor > 1, "parallel.sequence", True, "true only with parallel.tensor above 1")
-        _require(length % p.tensor == 0, "data.seq_length", length, f"a multiple of parallel.tensor ({p.tensor})")
+        drafted = 0 if config.method == "ar" else max(1, round(t.draft_fraction * length / t.block)) * t.block
+        allowed = (
+            f"a length whose clean and mask rows ({length} + {drafted}) are a multiple of parallel.tensor ({p.tensor})"
+        )
+        _require(
+            (length + drafted) % p.tensor == 0, "data.seq_length", length, allowed, "or change train.draft_fraction"
+        )
     if p.overlap_param_gather:
         allowed = "true only with parallel.distributed_optimizer and parallel.overlap_grad_reduce"
         ok = p.distributed_optimizer and p.overlap_grad_reduce

@@ -112,11 +112,12 @@ def peak_flops(dtype: str) -> float:
             return known[0]
     size = 4096 if has_cuda() else 1024
     a, b = torch.ones(2, size, size, dtype=DTYPES[dtype], device=device())
-    best = min(_seconds(lambda: a @ b) for _ in range(5))
+    best = min(seconds(lambda: a @ b) for _ in range(5))
     return 2 * size**3 / best
 
 
-def _seconds(action) -> float:
+def seconds(action) -> float:
+    """How long `action` takes on this process's device."""
     synchronise = torch.cuda.synchronize if has_cuda() else lambda: None
     synchronise()
     started = time.perf_counter()

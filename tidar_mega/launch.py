@@ -10,27 +10,39 @@ import subprocess
 import sys
 import time
 
-from tidar_mega.config import Config
+from tidar_mega.config import Config, ConfigError
 
 _LOOPBACK = "127.0.0.1"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def is_worker() -> bool:
-    """True in a process that a launcher (torchrun, srun, or `run_local`) has already given a rank."""
+    """True in a process that a launcher (torchrun or `run_local`) has already given a rank. Raises ConfigError."""
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
+        raise ConfigError(
+            f"RANK is not set in task {os.environ['SLURM_PROCID']} of {os.environ['SLURM_NTASKS']}: every task would "
+            "start the whole run; set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, or use torchrun"
+        )
     return "RANK" in os.environ
 
 
 def local_processes(config: Config, gpus: int) -> int:
-    """How many processes to start on this machine."""
-    replicas = config.parallel.data or max(1, gpus // config.parallel.tensor)
-    return replicas * config.parallel.tensor
+    """How many processes to start on this machine, at most one per GPU where there are GPUs. Raises ConfigError."""
+    tensor, data = config.parallel.tensor, config.parallel.data
+    processes = (data or max(1, gpus // tensor)) * tensor
+    if 0 < gpus < processes:
+        raise ConfigError(
+            f"parallel.data x parallel.tensor = {data} x {tensor}: this machine has {gpus} GPU(s), one per process; "
+            "lower parallel.data or parallel.tensor, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to run on the CPU"
+        )
+    return processes
 
 
 def run_local(arguments: list[str], processes: int, gpus: int) -> int:
     """Runs `tidar <arguments>` in `processes` local ranks and returns the exit code.
 
-    Signals are handed on to every rank, once. When one rank fails, the others are ended; its code is returned.
+    Signals are handed on to every rank; a second Ctrl-C ends them at once. When one rank fails, the others are ended
+    and its code is returned.
     """
     environment = {
         **os.environ,
@@ -42,14 +54,19 @@ def run_local(arguments: list[str], processes: int, gpus: int) -> int:
     }
     if not gpus:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        if sys.platform == "linux":
+            environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     command = [sys.executable, "-m", "tidar_mega.cli", *arguments]
     ranks: list[subprocess.Popen] = []
 
+    received: list[int] = []
+
     def hand_on(number: int, _frame) -> None:
+        again = number == signal.SIGINT and number in received
+        received.append(number)
         for rank in ranks:
             if rank.poll() is None:
-                rank.send_signal(number)
+                rank.send_signal(signal.SIGKILL if again else number)
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, hand_on)
@@ -68,6 +85,11 @@ def _wait(ranks: list[subprocess.Popen]) -> int:
         codes = [rank.poll() for rank in ranks]
         failed = next((code for code in codes if code), None)
         if failed is not None:
+            rank = codes.index(failed)
+            if failed < 0:  # it could not say so itself
+                name = signal.Signals(-failed).name
+                hint = " (most often for lack of memory)" if failed == -signal.SIGKILL else ""
+                print(f"rank {rank} was ended by {name}{hint}; the same command resumes", file=sys.stderr, flush=True)
             _end(ranks)
             return failed if failed > 0 else 128 - failed
         if all(code == 0 for code in codes):

@@ -19,8 +19,9 @@ TIDAR = str(Path(sys.executable).with_name("tidar"))
 def main() -> None:
     started = time.monotonic()
     tidar("prepare", "stdlib", "--output", str(DATA), "--vocab-size", "259", "--validation-fraction", "0.02")
-    pretrain = ("pretrain", CONFIG)
-    if not metrics():
+    pretrain = ("pretrain", CONFIG, *layout())
+    is_new = not metrics()
+    if is_new:
         print("\nThis run is stopped half-way on purpose, to show a resume.")
         stop_half_way(*pretrain)
     tidar(*pretrain)
@@ -28,8 +29,18 @@ def main() -> None:
     decode = RUN / "bench_decode.json"
     tidar("bench", "decode", str(RUN), "--json", str(decode))
     figures = summary(json.loads(decode.read_text()), (time.monotonic() - started) / 60)
+    if not is_new:
+        print("\nAn earlier run was gone on with: `minutes` does not cover it.")
     (RUN / "summary.json").write_text(json.dumps(figures, indent=1) + "\n")
     show(figures)
+
+
+def layout() -> list[str]:
+    """Two processes on a CPU; with GPUs one process each, at most two."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    return [f"parallel.data={min(gpus, 2)}"] if gpus else []
 
 
 def tidar(*arguments: str) -> None:

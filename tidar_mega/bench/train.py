@@ -10,7 +10,6 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 
 import torch
 from rich.console import Console
@@ -58,10 +57,9 @@ def _compare(args: argparse.Namespace, steps: dict) -> dict:
     times: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(args.repeats + 1):
         for name, step in steps.items():
-            started = time.perf_counter()
-            step()
+            taken = device.seconds(step)
             if repeat:  # the first is a warm-up
-                times[name].append(time.perf_counter() - started)
+                times[name].append(taken)
     seconds = {name: statistics.median(t) for name, t in times.items()}
     memory = {name: _peak_memory(args, name) for name in steps}
     figures = {
@@ -157,5 +155,5 @@ def _random_text(vocab: int, length: int) -> Rows:
 def _peak_memory(args: argparse.Namespace, name: str) -> int:
     setting = [f"--{key.replace('_', '-')}={getattr(args, key)}" for key in _SETTING]
     command = [sys.executable, "-m", "tidar_mega.cli", "bench", "train", *setting, "--only", name]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])["peak_memory_bytes"]

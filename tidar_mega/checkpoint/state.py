@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from torch import Tensor
 
 from tidar_mega.checkpoint import torch_adam
 from tidar_mega.model.gpt import HybridGPT
@@ -36,16 +37,20 @@ class Progress:
 
 @dataclass
 class TrainState:
-    """The live objects of a run."""
+    """The live objects of a run. `window` holds the sums since the last log line, equal on every rank: with them, a
+    line that spans a restart says what it would have said."""
 
     model: DistributedDataParallel
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     progress: Progress
+    window: dict[str, Tensor] = field(default_factory=dict)
 
 
 def sharded(state: TrainState) -> dict:
-    """Everything as megatron's sharded state dict, to be saved."""
+    """Collective. Everything as megatron's sharded state dict, to be saved."""
+    if state.model.ddp_config.overlap_param_gather:  # else only the next forward would gather the new weights
+        state.model.start_param_sync(force_sync=True)
     return {**_template(state, is_loading=False), "random": _random_states()}
 
 
@@ -60,6 +65,7 @@ def _template(state: TrainState, is_loading: bool) -> dict:
     parts["optimizer"] = state.optimizer.sharded_state_dict(parts, is_loading=is_loading, metadata=SHARDING)
     parts["scheduler"] = state.scheduler.state_dict()
     parts["progress"] = asdict(state.progress)
+    parts["window"] = dict(state.window)
     return parts
 
 
@@ -84,6 +90,7 @@ def restore(state: TrainState, loaded: dict) -> None:
         torch.set_rng_state(loaded["random"]["torch"])
         get_cuda_rng_tracker().set_states(loaded["random"]["megatron"])
     state.progress = Progress(**loaded["progress"])
+    state.window = loaded["window"]
 
 
 def _random_states() -> ShardedObject:

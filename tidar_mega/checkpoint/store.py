@@ -65,12 +65,13 @@ class CheckpointStore:
         (draft / _META).write_text(json.dumps({"format": FORMAT, **meta, "files": sizes}, indent=1))
         for path in [*draft.rglob("*"), draft]:
             _flush(path)
-        if final.exists():
-            shutil.rmtree(final)
+        assert not final.exists(), "a published checkpoint is never written again"
         draft.rename(final)
         _flush(self.folder)
         for old in self.published()[: -self.keep_last]:
-            shutil.rmtree(old)
+            leftover = old.with_name(f".{old.name}.unfinished")  # a kill in the middle leaves no half checkpoint
+            old.rename(leftover)
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def resolve(path: Path) -> Path:

@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--field", default="text", help="field of a .jsonl line that holds the text (default text)")
     add("--exclude", action="append", default=[], metavar="PATTERN", help="leave out such files (repeatable)")
     add("--errors", choices=sources.ERRORS, default="strict", help="what to do with invalid UTF-8 (default strict)")
-    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one per core)")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
     add("--shard-size", default="64MB", metavar="SIZE", help="largest shard (default 64MB)")
     add("--seed", type=int, default=0, help="of the split and of the shuffle (default 0)")
     add("--overwrite", action="store_true", help="replace a folder that holds another preparation")

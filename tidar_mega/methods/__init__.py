@@ -45,10 +45,15 @@ def names() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(__path__))
 
 
-def load(config: Config, mask_id: int) -> Method:
-    """The method that `config.method` names. Raises ConfigError."""
+def check(config: Config) -> None:
+    """Raises ConfigError if there is no method of that name."""
     if config.method not in names():
         raise ConfigError(f"method = {config.method}: must be one of {', '.join(names())}")
+
+
+def load(config: Config, mask_id: int) -> Method:
+    """The method that `config.method` names. Raises ConfigError."""
+    check(config)
     return importlib.import_module(f"{__name__}.{config.method}").METHOD(config, mask_id)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -52,6 +53,7 @@ def build_mesh(config: Config) -> Mesh:
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=parallel.tensor)
     model_parallel_cuda_manual_seed(config.train.seed, force_reset_rng=True)
+    torch.manual_seed(config.train.seed)  # weights are drawn on the CPU, of which megatron seeds nothing
     return Mesh(
         rank=dist.get_rank(),
         world_size=world,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 import torch
-from torch import Tensor
 
 from tidar_mega import device, methods, plan
 from tidar_mega.checkpoint import state as checkpoint_state
@@ -21,7 +22,7 @@ from tidar_mega.parallel.mesh import Mesh
 from tidar_mega.train import optim
 from tidar_mega.train.health import StopRequest
 from tidar_mega.train.metrics import MetricsLog
-from tidar_mega.train.step import Task, accumulate_gradients, load_micro_batches, summarise, validate
+from tidar_mega.train.step import Sums, Task, accumulate_gradients, micro_batches, summarise, validate
 
 
 class TrainingError(UserError):
@@ -50,8 +51,8 @@ def train(config: Config, mesh: Mesh, stop: StopRequest) -> Progress:
             log.close()
             return progress
         run.step()
-    log.validation(progress.step, validate(run.task, run.held_out, None))
     log.say(f"done: {progress.step} steps; checkpoint {run.save()}")
+    log.validation(progress.step, validate(run.task, run.held_out, config.train.final_eval_sequences))
     log.close()
     return progress
 
@@ -67,11 +68,13 @@ class Run:
     checkpoints: CheckpointStore
     log: MetricsLog
     resumed_at: int
-    window: Window = field(default_factory=lambda: Window())
+    lock: TextIO | None
+    speed: Speed = field(default_factory=lambda: Speed())
 
     @classmethod
     def start(cls, config: Config, mesh: Mesh) -> Run:
         """Opens the data, builds the model and, if the run folder has a checkpoint, goes on from it."""
+        lock = _lock(Path(config.run_dir)) if mesh.is_main else None
         stream, held_out = (
             open_stream(config.data.path, split, config.data.seq_length, config.train.seed)
             for split in ("train", "validation")
@@ -89,7 +92,7 @@ class Run:
         task = Task(config, mesh, method, model, token_bytes)
         log = MetricsLog(config, mesh.is_main, state.progress.step)
         log.say(_describe(config, mesh, model, newest, state.progress))
-        return cls(task, state, stream, held_out, checkpoints, log, state.progress.step)
+        return cls(task, state, stream, held_out, checkpoints, log, state.progress.step, lock)
 
     def is_due(self, interval: int) -> bool:
         step = self.state.progress.step
@@ -115,18 +118,20 @@ class Run:
         """One optimizer step on the next global batch."""
         config, progress = self.task.config, self.state.progress
         started = time.perf_counter()
-        batch = load_micro_batches(self.task, self.stream, progress.samples, config.train.global_batch_size)
+        batch = list(micro_batches(self.task, self.stream, progress.samples, config.train.global_batch_size))
         sums = accumulate_gradients(self.task, batch)
         norm, applied = optim.update(self.state.optimizer, config.optimizer.clip_grad)
         lr = self.state.optimizer.param_groups[0]["lr"]
         self.state.scheduler.step(1)
         progress.step += 1
         progress.samples += config.train.global_batch_size
-        self.window.add(sums, time.perf_counter() - started, norm, lr)
+        self.speed.add(sums, time.perf_counter() - started)
+        window = self.state.window
+        self.state.window = {name: window[name] + value if name in window else value for name, value in sums.items()}
         self._watch(applied, norm)
         if progress.step % config.log.interval == 0 or progress.step == config.train.steps:
-            self.log.step(progress.step, self._figures())
-            self.window = Window()
+            self.log.step(progress.step, self._figures(norm, lr))
+            self.state.window, self.speed = {}, Speed()
 
     def _watch(self, applied: bool, norm: float) -> None:
         """The NaN policy: a step with a non-finite gradient changes nothing; too many in a row end the run."""
@@ -141,19 +146,18 @@ class Run:
                 f"{progress.step}; the newest checkpoint is from before: lower optimizer.lr or look at the data"
             )
 
-    def _figures(self) -> dict[str, float]:
-        config, window, progress = self.task.config, self.window, self.state.progress
+    def _figures(self, norm: float, lr: float) -> dict[str, float]:
+        config, speed, progress = self.task.config, self.speed, self.state.progress
         vocab = gpt.padded_vocab_size(config, self.stream.tokenizer.vocab_size)
-        counts = [float(window.sums[f"count.{name}"]) for name in ("rows", "pairs", "head_rows")]
-        flops = plan.training_flops(config, vocab, *counts)
+        flops = plan.training_flops(config, vocab, speed.rows, speed.pairs, speed.head_rows)
         peak = device.peak_flops(config.precision.dtype) * self.task.mesh.world_size
         return {
-            **summarise(self.task, window.sums),
-            "grad_norm": window.norm,
-            "lr": window.lr,
-            "step_seconds": window.seconds / window.steps,
-            "tokens_per_second": float(window.sums["count.tokens"]) / window.seconds,
-            "model_flop_utilisation": flops / window.seconds / peak,
+            **summarise(self.task, self.state.window),
+            "grad_norm": norm,
+            "lr": lr,
+            "step_seconds": speed.seconds / speed.steps,
+            "tokens_per_second": speed.tokens / speed.seconds,
+            "model_flop_utilisation": flops / speed.seconds / peak,
             "memory_gib": device.peak_memory_bytes() / 2**30,
             "samples": progress.samples,
             "epoch": progress.samples / self.stream.samples_per_epoch,
@@ -162,20 +166,37 @@ class Run:
 
 
 @dataclass
-class Window:
-    """What happened since the last log line."""
+class Speed:
+    """Work and time since the last log line or the start of this process."""
 
-    sums: dict[str, Tensor] = field(default_factory=dict)
     seconds: float = 0.0
     steps: int = 0
-    norm: float = 0.0
-    lr: float = 0.0
+    tokens: float = 0.0
+    rows: float = 0.0
+    pairs: float = 0.0
+    head_rows: float = 0.0
 
-    def add(self, sums: dict[str, Tensor], seconds: float, norm: float, lr: float) -> None:
-        self.sums = {name: self.sums.get(name, 0) + value for name, value in sums.items()}
+    def add(self, sums: Sums, seconds: float) -> None:
         self.seconds += seconds
         self.steps += 1
-        self.norm, self.lr = norm, lr
+        for name in ("tokens", "rows", "pairs", "head_rows"):
+            setattr(self, name, getattr(self, name) + float(sums[f"count.{name}"]))
+
+
+def _lock(folder: Path) -> TextIO:
+    """Held until this process ends: two runs in one folder would delete each other's checkpoints. Raises UserError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UserError(
+            f"run_dir = {folder}: cannot be written ({error.strerror}); set it to a folder that can"
+        ) from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"run_dir = {folder}: another run is using it; wait for it, end it, or set another") from None
+    return lock
 
 
 def resume(path: Path, config: Config, stream: Stream, state: TrainState) -> None:
@@ -214,6 +235,7 @@ _FIXED = {
         "add_qkv_bias",
         "tie_embeddings",
         "rotary_base",
+        "norm_epsilon",
         "vocab_multiple",
     ],
     "data": ["seq_length"],

@@ -6,13 +6,16 @@ On a resume, what was logged after the checkpoint's step is dropped, so that no 
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from tidar_mega.config import Config, to_yaml
+from tidar_mega.config import Config, UserError, to_yaml
 
 
 class MetricsLog:
@@ -26,14 +29,19 @@ class MetricsLog:
         self.board: SummaryWriter | None = None
         if not enabled:
             return
-        folder = Path(config.run_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "metrics.jsonl"
-        _drop_after(self.path, first_step)
-        (folder / "config.yaml").write_text(to_yaml(config))
-        if config.log.tensorboard:
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
-            self.board.add_text("config", f"```yaml\n{to_yaml(config)}\n```", first_step)
+        self.folder = Path(config.run_dir)
+        self.path = self.folder / "metrics.jsonl"
+        with _writing(self.folder):
+            self._open()
+
+    def _open(self) -> None:
+        text = to_yaml(self.config)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _drop_after(self.path, self.first_step)
+        (self.folder / "config.yaml").write_text(text)
+        if self.config.log.tensorboard:
+            self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.first_step + 1)
+            self.board.add_text("config", f"```yaml\n{text}\n```", self.first_step)
 
     def step(self, step: int, figures: dict[str, float]) -> None:
         """Figures of a training step (means since the last call)."""
@@ -56,8 +64,13 @@ class MetricsLog:
             self.board.close()
 
     def _write(self, step: int, kind: str, figures: dict[str, float]) -> None:
+        with _writing(self.folder):
+            self._append(step, kind, figures)
+
+    def _append(self, step: int, kind: str, figures: dict[str, float]) -> None:
+        finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}  # JSON has no NaN
         with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, "kind": kind, **figures}) + "\n")
+            file.write(json.dumps({"step": step, "kind": kind, **finite}) + "\n")
         if self.board is not None:
             for name, value in figures.items():
                 self.board.add_scalar(f"{kind}/{name}", value, step)
@@ -76,6 +89,17 @@ class MetricsLog:
         parts.append(f"mfu {figures['model_flop_utilisation']:.1%}")
         parts.append(f"eta {_duration(spent * (total - step))}")
         return " | ".join(parts)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"run_dir = {folder}: the metrics could not be written ({error.strerror or error}); checkpoints are whole; "
+            "free space or change run_dir, then run the same command to resume"
+        ) from error
 
 
 def _drop_after(path: Path, step: int) -> None:

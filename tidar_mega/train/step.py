@@ -37,7 +37,7 @@ class Task:
     token_bytes: Tensor  # utf-8 bytes of each id, for nats per byte
 
 
-def load_micro_batches(task: Task, stream: Stream, first: int, count: int) -> list[Rows]:
+def micro_batches(task: Task, stream: Stream, first: int, count: int) -> Iterator[Rows]:
     """This rank's rows of the global samples first..first+count-1, in micro-batches of at most micro_batch_size.
 
     Samples go round the data-parallel ranks in turn, so the batch does not depend on their number.
@@ -46,8 +46,9 @@ def load_micro_batches(task: Task, stream: Stream, first: int, count: int) -> li
     size = task.config.train.micro_batch_size
     if not mine:  # fewer held-out sequences than ranks: this one takes part in the sums with nothing
         idle = _rows(task, stream, [first])
-        return [replace(idle, weight=torch.zeros_like(idle.weight))]
-    return [_rows(task, stream, list(mine[i : i + size])) for i in range(0, len(mine), size)]
+        yield replace(idle, weight=torch.zeros_like(idle.weight))
+    for i in range(0, len(mine), size):
+        yield _rows(task, stream, list(mine[i : i + size]))
 
 
 def _rows(task: Task, stream: Stream, samples: list[int]) -> Rows:
@@ -55,21 +56,21 @@ def _rows(task: Task, stream: Stream, samples: list[int]) -> Rows:
     return task.method.training_rows(clean, torch.tensor(samples))
 
 
-def normalise(task: Task, micro_batches: list[Rows]) -> list[Rows]:
+def normalise(task: Task, batch: list[Rows]) -> list[Rows]:
     """Divides each row's weight by its term's total over the global batch and multiplies by the term's coefficient.
 
     The loss of a step is then the plain sum over all rows of all ranks, whatever the layout.
     """
-    selected = [[term.select(rows) for term in task.method.terms] for rows in micro_batches]
+    selected = [[term.select(rows) for term in task.method.terms] for rows in batch]
     totals = torch.zeros(len(task.method.terms), dtype=torch.float64)
-    for rows, masks in zip(micro_batches, selected, strict=True):
+    for rows, masks in zip(batch, selected, strict=True):
         totals += torch.stack([(rows.weight * m).sum(dtype=torch.float64) for m in masks])
     totals = totals.to(device.device())
     dist.all_reduce(totals, group=task.mesh.data)
     coefficients = torch.tensor([t.coefficient for t in task.method.terms], dtype=torch.float64)
     scale = coefficients / totals.cpu().clamp(min=1)
     scaled = []
-    for rows, masks in zip(micro_batches, selected, strict=True):
+    for rows, masks in zip(batch, selected, strict=True):
         factor_BT = sum(s * m for s, m in zip(scale, masks, strict=True))
         scaled.append(replace(rows, weight=(rows.weight * factor_BT).float()))
     return scaled
@@ -87,26 +88,22 @@ def model_dtype(config: Config) -> torch.dtype:
     return device.DTYPES[config.precision.dtype]
 
 
-def accumulate_gradients(task: Task, micro_batches: list[Rows]) -> Sums:
-    """Forward and backward of all micro-batches through megatron's schedule. Returns sums over all ranks."""
-    task.model.zero_grad_buffer()
-    return _run_schedule(task, normalise(task, micro_batches), forward_only=False)
-
-
 @torch.no_grad()
-def validate(task: Task, stream: Stream, sequences: int | None) -> dict[str, float]:
-    """Mean loss of each term in nats and, for the AR rows, nats per byte, over held-out sequences (None = all)."""
-    count = min(sequences or stream.samples_per_epoch, stream.samples_per_epoch)
+def validate(task: Task, stream: Stream, sequences: int) -> dict[str, float]:
+    """Mean loss of each term in nats and, for the AR rows, nats per byte, over at most `sequences` held-out ones."""
+    count = min(sequences, stream.samples_per_epoch)
     task.model.eval()
     sums: Sums = {}
-    for rows in load_micro_batches(task, stream, 0, count):
+    for rows in micro_batches(task, stream, 0, count):
         rows = rows.to(device.device())
         _add(sums, _statistics(task, rows, forward(task, task.model.module, rows)))
     task.model.train()
     return summarise(task, _over_ranks(task, sums))
 
 
-def _run_schedule(task: Task, micro_batches: list[Rows], forward_only: bool) -> Sums:
+def accumulate_gradients(task: Task, batch: list[Rows]) -> Sums:
+    """Forward and backward of a step's micro-batches through megatron's schedule. Returns sums over all ranks."""
+    task.model.zero_grad_buffer()
     sums: Sums = {}
 
     def forward_step(iterator: Iterator[Rows], model):
@@ -122,12 +119,12 @@ def _run_schedule(task: Task, micro_batches: list[Rows], forward_only: bool) -> 
 
     get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(micro_batches),
+        data_iterator=iter(normalise(task, batch)),
         model=task.model,
-        num_microbatches=len(micro_batches),
-        seq_length=micro_batches[0].shape[1],
-        micro_batch_size=micro_batches[0].shape[0],
-        forward_only=forward_only,
+        num_microbatches=len(batch),
+        seq_length=batch[0].shape[1],
+        micro_batch_size=batch[0].shape[0],
+        forward_only=False,
     )
     return _over_ranks(task, sums)
 
