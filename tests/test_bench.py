@@ -1,0 +1,80 @@
+"""The benchmarks run, write the keys that others read, and compare like with like; their figures are not asserted."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from tidar_mega import cli
+
+pytestmark = pytest.mark.distributed
+
+
+def bench(tmp_path, *arguments: str) -> dict:
+    file = tmp_path / "figures.json"
+    assert cli.main(["bench", *arguments, "--json", str(file)]) == 0
+    return json.loads(file.read_text())
+
+
+def test_bench_attention(tmp_path):
+    figures = bench(tmp_path, "attention", "--seq-length", "128", "--repeats", "1")
+    assert figures["dense_over_tiles"] > 0 and figures["tiles_over_causal_2s"] > 0
+    assert figures["dense_over_tiles_bf16"] > 0
+    assert all(error < 1e-5 for error in figures["errors"]["fp32"]["tiles"].values())
+
+
+def test_bench_train(tmp_path):
+    small = ("--seq-length=64", "--layers=1", "--hidden=128", "--vocab=128", "--repeats=1")
+    figures = bench(tmp_path, "train", *small)
+    assert figures["speedup_over_plain"] > 0
+    assert set(figures["peak_memory_bytes"]) == set(figures["tokens_per_second"]) == {"tidar_mega", "plain"}
+    assert all(value > 2**20 for value in figures["peak_memory_bytes"].values())
+
+
+def test_the_peer_computes_the_same_loss():
+    """A speed-up over a peer that does something else would say nothing."""
+    from tests import processes
+
+    ours, plain = processes.run(both_losses, 1)[0]
+    assert ours == pytest.approx(plain, rel=1e-6)
+
+
+def both_losses(rank: int) -> tuple[float, float]:
+    from tests.test_training_step import MASK, VOCAB, Text, settings
+    from tidar_mega import methods
+    from tidar_mega.bench.plain import PlainModel
+    from tidar_mega.model import gpt
+    from tidar_mega.parallel.mesh import build_mesh
+    from tidar_mega.train import optim
+    from tidar_mega.train.step import Task, accumulate_gradients, micro_batches, normalise, summarise
+
+    config = settings(
+        model={"qk_layernorm": False, "num_attention_heads": 4, "num_query_groups": 4, "attention": "dense"},
+        train={"global_batch_size": 2, "micro_batch_size": 2},
+    )
+    mesh = build_mesh(config)
+    model = optim.wrap(config, gpt.build(config, VOCAB))
+    task = Task(config, mesh, methods.load(config, MASK), model, torch.ones(VOCAB))
+    batch = list(micro_batches(task, Text, 0, 2))
+    plain = PlainModel(config.model, gpt.padded_vocab_size(config, VOCAB))
+    _copy(model.module, plain)
+    ours = summarise(task, accumulate_gradients(task, batch))["loss"]
+    return ours, float(plain(normalise(task, batch)[0]))
+
+
+@torch.no_grad()
+def _copy(model, plain) -> None:
+    heads = plain.layers[0].heads
+    plain.embedding.weight.copy_(model.embedding.word_embeddings.weight)
+    plain.head.weight.copy_(model.head_weight)
+    plain.norm.weight.copy_(model.decoder.final_layernorm.weight)
+    for layer, twin in zip(model.decoder.layers, plain.layers, strict=True):
+        per_head = layer.self_attention.linear_qkv.weight.unflatten(0, (heads, 3, -1))  # megatron: q, k, v of each head
+        twin.qkv.weight.copy_(per_head.transpose(0, 1).flatten(0, 2))
+        twin.out.weight.copy_(layer.self_attention.linear_proj.weight)
+        twin.gate_up.weight.copy_(layer.mlp.linear_fc1.weight)
+        twin.down.weight.copy_(layer.mlp.linear_fc2.weight)
+        twin.norm_attention.weight.copy_(layer.input_layernorm.weight)
+        twin.norm_mlp.weight.copy_(layer.pre_mlp_layernorm.weight)
