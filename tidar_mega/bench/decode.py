@@ -14,15 +14,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tidar_mega.data.stream import Stream, open_stream
+from tidar_mega.data.stream import open_stream
 from tidar_mega.decode.engine import Engine, Generation
 from tidar_mega.decode.load import load_engine
 from tidar_mega.decode.sampling import SamplingParams
-from tidar_mega.device import device
 from tidar_mega.evaluation.acceptance import held_out_prompts, summarise
-from tidar_mega.losses import cross_entropy
-from tidar_mega.model.attention import TrainingAttention, choose_backend
-from tidar_mega.rows import concatenate
+from tidar_mega.evaluation.likelihood import held_out_loss
 
 TEMPERATURES = {"greedy": 0.0, "sampled": 1.0}
 
@@ -88,23 +85,6 @@ def _compare_setting(engine: Engine, prompts, params: list[SamplingParams], repe
     found = summarise(engine.block, outputs["fused"], outputs["ar"])
     # per token, so that a flipped near-tie in bf16, which changes lengths, does not pass for speed
     return found | {"speedup_vs_ar": speed["fused"] / speed["ar"], "tokens_per_second": speed, "seconds": median}
-
-
-@torch.inference_mode()
-def held_out_loss(engine: Engine, stream: Stream, token_bytes, sequences: int = 16) -> dict:
-    """AR loss on some held-out sequences: acceptance means nothing without it, as untrained halves agree on noise."""
-    count = min(sequences, stream.samples_per_epoch)
-    spread = [i * stream.samples_per_epoch // count for i in range(count)]
-    rows = concatenate([stream.rows(i) for i in spread], dim=0).to(device())
-    backend = choose_backend("auto", rows.token.device, next(engine.model.parameters()).dtype)
-    hidden_TBD = engine.model(rows=rows, context=TrainingAttention(rows, backend))
-    losses = cross_entropy(hidden_TBD, engine.model.head_weight, rows, engine.group, 2048)
-    total = float(losses.loss.sum(dtype=torch.float64))
-    length = torch.as_tensor(token_bytes, device=rows.token.device)[rows.label[losses.index]]
-    return {
-        "validation_nats_per_token": total / len(losses.loss),
-        "validation_nats_per_byte": total / float(length.sum()),
-    }
 
 
 def show(figures: dict) -> None:
