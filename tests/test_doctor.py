@@ -27,6 +27,8 @@ def test_a_missing_package_is_an_error_with_its_fix(monkeypatch, capsys):
     assert found.status == doctor.MISSING and "pip install" in found.fix
 
 
-def test_data_that_is_not_there_is_named(capsys, tmp_path):
-    assert cli.main(["doctor", "--data", str(tmp_path / "none")]) == 1
-    assert "none" in capsys.readouterr().out
+def test_data_that_is_not_there_is_named(tmp_path):
+    folder = tmp_path / "none"
+    assert cli.main(["doctor", "--data", str(folder)]) == 1
+    found = doctor.examine(folder)[-1]
+    assert found.status == doctor.MISSING and str(folder) in found.found and found.fix

@@ -156,7 +156,8 @@ def test_two_runs_do_not_share_a_folder(work):
     (work / "locked").mkdir()
     with (work / "locked" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert "another run is using it" in tidar(work, "pretrain", "run.yaml", "run_dir=locked", code=2)
+        out = tidar(work, "pretrain", "run.yaml", "run_dir=locked", code=2)
+    assert "another run is using it" in out and "Traceback" not in out
 
 
 def test_one_killed_rank_ends_the_run_in_seconds_and_nothing_is_lost(work):

@@ -7,12 +7,12 @@ its size. A folder without a published name was never finished and is removed by
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import shutil
 from pathlib import Path
 
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -50,13 +50,12 @@ class CheckpointStore:
         """
         final = self.folder / f"step_{step:08d}"
         draft = self.folder / f".{final.name}.unfinished"
-        _on_main(mesh, lambda: _fresh_folder(self.folder, draft, size), draft)
+        mesh.on_main(_on_disk(draft, lambda: _fresh_folder(self.folder, draft, size)))
         try:
             dist_checkpointing.save(parts, str(draft), content_metadata=SHARDING)
         except _MEGATRON_ERRORS as error:  # the writers' results are exchanged: every rank comes here
-            _on_main(mesh, lambda: shutil.rmtree(draft, ignore_errors=True), draft)
-            raise CheckpointError(_cannot_write(draft, error)) from error
-        _on_main(mesh, lambda: self._publish(draft, final, meta, tokenizer), draft)
+            mesh.on_main(functools.partial(_give_up, draft, error))  # the main rank was told why
+        mesh.on_main(_on_disk(draft, lambda: self._publish(draft, final, meta, tokenizer)))
         return final
 
     def _publish(self, draft: Path, final: Path, meta: dict, tokenizer: Path) -> None:
@@ -128,18 +127,21 @@ def _fresh_folder(folder: Path, draft: Path, size: int) -> None:
     draft.mkdir()
 
 
-def _on_main(mesh: Mesh, action, draft: Path) -> None:
-    """Runs `action` on one rank; all ranks go on together, or raise the same CheckpointError."""
-    outcome: list[str | None] = [None]
-    if mesh.is_main:
+def _give_up(draft: Path, error: BaseException) -> None:
+    shutil.rmtree(draft, ignore_errors=True)
+    raise CheckpointError(_cannot_write(draft, error)) from error
+
+
+def _on_disk(draft: Path, action):
+    """`action`, whose failures are a CheckpointError and leave no draft behind."""
+
+    def guarded():
         try:
             action()
         except OSError as error:
-            shutil.rmtree(draft, ignore_errors=True)
-            outcome = [_cannot_write(draft, error)]
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[0] is not None:
-        raise CheckpointError(outcome[0])
+            _give_up(draft, error)
+
+    return guarded
 
 
 def _cannot_write(draft: Path, error: BaseException) -> str:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from tidar_mega.config import Config, ConfigError, check_batch
+from tidar_mega.config import Config, ConfigError, UserError, check_batch
 from tidar_mega.device import prepare_megatron
 
 
@@ -34,6 +34,22 @@ class Mesh:
     def is_main(self) -> bool:
         """True on the one process that prints and writes logs."""
         return self.rank == 0
+
+    def on_main(self, action):
+        """Collective. Calls `action` on the main process and returns its result there, None elsewhere.
+
+        A UserError there is raised on every rank, so that none is left waiting for the others.
+        """
+        result, error = None, [None]
+        if self.is_main:
+            try:
+                result = action()
+            except UserError as raised:
+                error = [raised]
+        dist.broadcast_object_list(error, src=0)
+        if error[0] is not None:
+            raise error[0]
+        return result
 
 
 def build_mesh(config: Config) -> Mesh:

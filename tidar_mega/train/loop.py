@@ -74,7 +74,7 @@ class Run:
     @classmethod
     def start(cls, config: Config, mesh: Mesh) -> Run:
         """Opens the data, builds the model and, if the run folder has a checkpoint, goes on from it."""
-        lock = _lock(Path(config.run_dir)) if mesh.is_main else None
+        lock = mesh.on_main(lambda: _lock(Path(config.run_dir)))
         stream, held_out = (
             open_stream(config.data.path, split, config.data.seq_length, config.train.seed)
             for split in ("train", "validation")
