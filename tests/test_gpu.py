@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
 import torch
 
-from tests.test_main_job import CONFIG, losses, metrics, tidar
+from tests.test_main_job import CONFIG, losses, make_corpus, metrics, tidar
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,11 +18,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gpu")
-    source = folder / "source"
-    source.mkdir()
-    for name in ("argparse", "ast", "calendar", "configparser", "dataclasses", "difflib", "fractions", "inspect"):
-        shutil.copy(__import__(name).__file__, source)
-    tidar(folder, "prepare", "source", "--output", "corpus", "--vocab-size", "320", "--validation-fraction", "0.2")
+    make_corpus(folder)
     text = CONFIG.replace("parallel: {data: 2}", "parallel: {data: 1}").replace("seq_length: 64", "seq_length: 256")
     (folder / "run.yaml").write_text(text)
     tidar(folder, "pretrain", "run.yaml", "run_dir=whole")

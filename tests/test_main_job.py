@@ -60,15 +60,20 @@ def losses(folder: Path, run: str) -> dict[int, tuple]:
     return {step: tuple(line[name] for name in NOT_TIMES) for step, line in metrics(folder, run).items()}
 
 
-@pytest.fixture(scope="module")
-def work(tmp_path_factory) -> Path:
-    """A folder with a corpus of real source code, a config, and a run that was never interrupted."""
-    folder = tmp_path_factory.mktemp("work")
+def make_corpus(folder: Path) -> None:
+    """Prepares some real source code as `corpus`."""
     source = folder / "source"
     source.mkdir()
     for name in ("argparse", "ast", "calendar", "configparser", "dataclasses", "difflib", "fractions", "inspect"):
         shutil.copy(__import__(name).__file__, source)
     tidar(folder, "prepare", "source", "--output", "corpus", "--vocab-size", "320", "--validation-fraction", "0.2")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    """A folder with a corpus of real source code, a config, and a run that was never interrupted."""
+    folder = tmp_path_factory.mktemp("work")
+    make_corpus(folder)
     (folder / "run.yaml").write_text(CONFIG)
     tidar(folder, "pretrain", "run.yaml", "run_dir=whole")
     return folder

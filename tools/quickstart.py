@@ -32,7 +32,7 @@ def main() -> None:
         "def read_lines(path",
         "--show-commits",
         "decode.max_tokens=200",
-        "decode.temperature=0.7",
+        "decode.temperature=1",
     )
     decode = RUN / "bench_decode.json"
     tidar("bench", "decode", str(RUN), "--json", str(decode))
