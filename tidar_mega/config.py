@@ -88,22 +88,48 @@ class OptimizerConfig:
 class ParallelConfig:
     tensor: int = 1
     sequence: bool = False  # sequence parallel: norms and residuals are split over the tensor group
-    data: int | None = None  # processes / tensor when null; without a launcher, this many processes are started
+    pipeline: int = 1  # stages, each with num_layers / pipeline layers
+    virtual_pipeline: int = (
+        1  # parts of each stage; above 1, micro-batches go round the stages this often (interleaved)
+    )
+    context: int = 1  # the rows of each sequence are split over this many processes
+    data: int | None = (
+        None  # processes / (tensor x pipeline x context) when null; without a launcher, 1 or as many as fit
+    )
     distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
+    recompute: str = "none"  # activations made again in the backward: none | selective (attention, see below) | full
+    recompute_layers: int = 1  # with full: layers of which only the input is kept, as one unit
+    gradient_accumulation_fusion: bool = (
+        False  # weight gradients added into fp32 by the product itself; CUDA, TE or apex
+    )
+    optimizer_offload: float = 0.0  # share of the optimizer that lives in host memory; 0 = none
     timeout_minutes: float = 10.0  # of every collective
+
+    @property
+    def model_size(self) -> int:
+        """Processes that hold one replica of the model."""
+        return self.tensor * self.pipeline * self.context
 
 
 @dataclass(frozen=True)
 class PrecisionConfig:
     dtype: str = "bf16"  # bf16 | fp32; optimizer state and gradients are fp32 in both
+    layers: str = "auto"  # local | te (Transformer Engine) | auto: te where it is installed and there is a GPU
+    fp8: str = "none"  # none | delayed | tensorwise | blockwise | mxfp8, megatron-core's recipes; needs te
+    fp8_format: str = "hybrid"  # hybrid (e4m3 forward, e5m2 gradients) | e4m3
+    fp8_param_gather: bool = False  # the distributed optimizer gathers weights in fp8
+    bf16_first_layers: int = 0  # layers at the start and
+    bf16_last_layers: int = 0  # at the end that stay in bf16 under fp8
+    deterministic: bool = False  # bitwise repeatable on one layout, slower on GPUs
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     interval: int = 200  # steps between saves; the last step is always saved
     keep_last: int = 2
+    asynchronous: bool = False  # write in a process beside the training, which goes on meanwhile
 
 
 @dataclass(frozen=True)
@@ -211,6 +237,10 @@ def check(config: Config) -> None:
         "optimizer.lr": o.lr,
         "optimizer.epsilon": o.epsilon,
         "parallel.tensor": p.tensor,
+        "parallel.pipeline": p.pipeline,
+        "parallel.virtual_pipeline": p.virtual_pipeline,
+        "parallel.context": p.context,
+        "parallel.recompute_layers": p.recompute_layers,
         "parallel.timeout_minutes": p.timeout_minutes,
         "checkpoint.interval": config.checkpoint.interval,
         "checkpoint.keep_last": config.checkpoint.keep_last,
@@ -225,12 +255,18 @@ def check(config: Config) -> None:
         "optimizer.warmup_steps": o.warmup_steps,
         "optimizer.weight_decay": o.weight_decay,
         "optimizer.clip_grad": o.clip_grad,
+        "precision.bf16_first_layers": config.precision.bf16_first_layers,
+        "precision.bf16_last_layers": config.precision.bf16_last_layers,
         "decode.temperature": config.decode.temperature,
         "decode.top_k": config.decode.top_k,
     }.items():
         _require(value >= 0, key, value, "0 or more")
     _choice("model.attention", m.attention, ("auto", "dense", "tiles", "flex"))
     _choice("precision.dtype", config.precision.dtype, ("bf16", "fp32"))
+    _choice("precision.layers", config.precision.layers, ("auto", "local", "te"))
+    _choice("precision.fp8", config.precision.fp8, ("none", "delayed", "tensorwise", "blockwise", "mxfp8"))
+    _choice("precision.fp8_format", config.precision.fp8_format, ("hybrid", "e4m3"))
+    _choice("parallel.recompute", p.recompute, ("none", "selective", "full"))
     _choice("optimizer.schedule", o.schedule, ("cosine", "wsd", "constant"))
     _choice("decode.mode", config.decode.mode, ("fused", "ar"))
     _choice("decode.dtype", config.decode.dtype, ("fp32", "bf16"))
@@ -240,6 +276,8 @@ def check(config: Config) -> None:
     _require(0 < config.decode.top_p <= 1, "decode.top_p", config.decode.top_p, "above 0 and at most 1")
     _require(config.decode.block is None or config.decode.block > 0, "decode.block", config.decode.block, "1 or more")
     _check_shapes(config)
+    _check_parallel(config)
+    _check_precision(config)
     _check_schedule(config)
 
 
@@ -274,8 +312,13 @@ def _check_shapes(config: Config) -> None:
     }.items():
         way = "lower parallel.tensor or change the shape"
         _require(value % p.tensor == 0, key, value, f"a multiple of parallel.tensor ({p.tensor})", way)
+
+
+def _check_parallel(config: Config) -> None:
+    m, t, p, length = config.model, config.train, config.parallel, config.data.seq_length
     if p.sequence:
         _require(p.tensor > 1, "parallel.sequence", True, "true only with parallel.tensor above 1")
+    if p.sequence and p.context == 1:  # with context parallelism, each rank's rows are filled up to a multiple
         drafted = 0 if config.method == "ar" else max(1, round(t.draft_fraction * length / t.block)) * t.block
         allowed = (
             f"a length whose clean and mask rows ({length} + {drafted}) are a multiple of parallel.tensor ({p.tensor})"
@@ -283,13 +326,40 @@ def _check_shapes(config: Config) -> None:
         _require(
             (length + drafted) % p.tensor == 0, "data.seq_length", length, allowed, "or change train.draft_fraction"
         )
+    parts = p.pipeline * p.virtual_pipeline
+    allowed = f"a multiple of parallel.pipeline x parallel.virtual_pipeline ({p.pipeline} x {p.virtual_pipeline})"
+    _require(m.num_layers % parts == 0, "model.num_layers", m.num_layers, allowed)
+    _require(
+        p.virtual_pipeline == 1 or p.pipeline > 1,
+        "parallel.virtual_pipeline",
+        p.virtual_pipeline,
+        "1 with parallel.pipeline = 1",
+    )
+    allowed = f"a multiple of 2 x parallel.context ({2 * p.context})"
+    _require(p.context == 1 or length % (2 * p.context) == 0, "data.seq_length", length, allowed)
     if p.overlap_param_gather:
         allowed = "true only with parallel.distributed_optimizer and parallel.overlap_grad_reduce"
         ok = p.distributed_optimizer and p.overlap_grad_reduce
         _require(ok, "parallel.overlap_param_gather", True, allowed)
+    _require(0 <= p.optimizer_offload <= 1, "parallel.optimizer_offload", p.optimizer_offload, "between 0 and 1")
     if p.data is not None:
         _require(p.data > 0, "parallel.data", p.data, "a number above 0")
         check_batch(config, p.data)
+
+
+def _check_precision(config: Config) -> None:
+    precision, layers = config.precision, config.model.num_layers
+    if precision.fp8 == "none":
+        _require(not precision.fp8_param_gather, "precision.fp8_param_gather", True, "false with precision.fp8=none")
+        return
+    _require(precision.dtype == "bf16", "precision.fp8", precision.fp8, "none with precision.dtype=fp32")
+    _require(precision.layers != "local", "precision.fp8", precision.fp8, "none with precision.layers=local", "use te")
+    kept = precision.bf16_first_layers + precision.bf16_last_layers
+    if kept:
+        allowed = f"at most model.num_layers ({layers}) with precision.bf16_last_layers"
+        _require(kept <= layers, "precision.bf16_first_layers", precision.bf16_first_layers, allowed)
+        allowed = "tensorwise, blockwise or mxfp8 with layers kept in bf16: delayed scaling knows one recipe for all"
+        _require(precision.fp8 != "delayed", "precision.fp8", precision.fp8, allowed)
 
 
 def _check_schedule(config: Config) -> None:
@@ -303,13 +373,17 @@ def _check_schedule(config: Config) -> None:
 
 def check_batch(config: Config, data_parallel: int) -> None:
     """The global batch must be whole micro-batches on each of `data_parallel` replicas. Raises ConfigError."""
-    t = config.train
+    t, p = config.train, config.parallel
     unit = t.micro_batch_size * data_parallel
+    allowed = f"a multiple of train.micro_batch_size x parallel.data ({t.micro_batch_size} x {data_parallel})"
+    if p.virtual_pipeline > 1:  # the interleaved schedule takes micro-batches in turns of one for each stage
+        unit *= p.pipeline
+        allowed = f"a multiple of train.micro_batch_size x parallel.data x parallel.pipeline ({unit})"
     _require(
         t.global_batch_size % unit == 0,
         "train.global_batch_size",
         t.global_batch_size,
-        f"a multiple of train.micro_batch_size x parallel.data ({t.micro_batch_size} x {data_parallel})",
+        allowed,
         f"for example {max(unit, t.global_batch_size // unit * unit)}",
     )
 
