@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "decode": {"config", "rows", "device", "parallel", "data", "methods", "model", "checkpoint"},
 }
 MAY_IMPORT["evaluation"] = MAY_IMPORT["decode"] | {"decode", "losses"}
-MAY_IMPORT["bench"] = MAY_IMPORT["evaluation"] | MAY_IMPORT["train"] | {"evaluation", "train"}
+MAY_IMPORT["bench"] = MAY_IMPORT["evaluation"] | MAY_IMPORT["train"] | {"evaluation", "train", "launch"}
 MAY_IMPORT["doctor"] = {"config", "data"}
 MAY_IMPORT["cli"] = set(MAY_IMPORT) | {"bench", "doctor"}
 MAY_IMPORT["__init__"] = set()

@@ -70,7 +70,7 @@ def effective_mask(backend: str, rows: Rows) -> torch.Tensor:
 @given(cases(), st.sampled_from((4, 16, 64)))
 def test_plan_is_the_dense_mask(case, chunk):
     rows = make_rows(case)
-    (structure,) = make_plan(rows, chunk)
+    (structure,) = make_plan(rows, rows, chunk)
     assert torch.equal(structure.visible(), visible(rows, rows)[0])
     assert structure.row_order.sort().values.tolist() == list(range(rows.shape[1]))
 

@@ -25,6 +25,13 @@ def test_bench_attention(tmp_path):
     assert all(error < 1e-5 for error in figures["errors"]["fp32"]["tiles"].values())
 
 
+def test_json_without_a_file_prints_the_figures_alone(capfd):
+    assert cli.main(["bench", "attention", "--seq-length", "64", "--repeats", "1", "--json"]) == 0
+    captured = capfd.readouterr()
+    assert json.loads(captured.out)["dense_over_tiles"] > 0
+    assert "against float64" in captured.err
+
+
 def test_bench_train(tmp_path):
     small = ("--seq-length=64", "--layers=1", "--hidden=128", "--vocab=128", "--repeats=1")
     figures = bench(tmp_path, "train", *small)
@@ -55,8 +62,8 @@ def both_losses(rank: int) -> tuple[float, float]:
         train={"global_batch_size": 2, "micro_batch_size": 2},
     )
     mesh = build_mesh(config)
-    model = optim.wrap(config, gpt.build(config, VOCAB))
-    task = Task(config, mesh, methods.load(config, MASK), model, torch.ones(VOCAB))
+    (model,) = optim.wrap(config, gpt.build(config, VOCAB))
+    task = Task(config, mesh, methods.load(config, MASK), [model], torch.ones(VOCAB))
     batch = list(micro_batches(task, Text, 0, 2))
     plain = PlainModel(config.model, gpt.padded_vocab_size(config, VOCAB))
     _copy(model.module, plain)

@@ -29,10 +29,10 @@ class Trainer:
         from tidar_mega.train.step import Task
 
         self.config, self.mesh = config, build_mesh(config)
-        model = optim.wrap(config, gpt.build(config, VOCAB))
-        optimizer = optim.build_optimizer(config, model)
-        self.state = TrainState(model, optimizer, optim.build_scheduler(config, optimizer), Progress())
-        self.task = Task(config, self.mesh, methods.load(config, MASK), model, torch.ones(VOCAB))
+        (model,) = optim.wrap(config, gpt.build(config, VOCAB))
+        optimizer = optim.build_optimizer(config, [model])
+        self.state = TrainState([model], optimizer, optim.build_scheduler(config, optimizer), Progress())
+        self.task = Task(config, self.mesh, methods.load(config, MASK), [model], torch.ones(VOCAB))
 
     def steps(self, count: int) -> list[tuple[float, float]]:
         from tidar_mega.train import optim
@@ -63,7 +63,7 @@ class Trainer:
         from tidar_mega.checkpoint import state
 
         saved = store.saved_config(store.read_meta(path))
-        same = saved.parallel.tensor == self.config.parallel.tensor
+        same = saved.parallel == self.config.parallel
         state.restore(self.state, store.load(path, state.template(self.state, same)))
 
 

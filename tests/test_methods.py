@@ -98,7 +98,7 @@ def leak(rank: int) -> list[str]:
 
     config = model_settings()
     build_mesh(config)
-    model = gpt.build(config, VOCAB)
+    (model,) = gpt.build(config, VOCAB)
     tidar = methods.load(config, MASK)
     clean = packed([9, 16, 7])
     clean = clean.map(lambda x: x % MASK if x is clean.token or x is clean.label else x)

@@ -19,8 +19,8 @@ def learning_rates(rank: int, config) -> list[float]:
     from tidar_mega.train import optim
 
     build_mesh(config)
-    model = optim.wrap(config, gpt.build(config, VOCAB))
-    optimizer = optim.build_optimizer(config, model)
+    (model,) = optim.wrap(config, gpt.build(config, VOCAB))
+    optimizer = optim.build_optimizer(config, [model])
     scheduler = optim.build_scheduler(config, optimizer)
     rates = []
     for _ in range(STEPS):
@@ -60,10 +60,10 @@ def three_steps(rank: int, config):
     from tidar_mega.train.step import Task, accumulate_gradients, micro_batches
 
     mesh = build_mesh(config)
-    model = optim.wrap(config, gpt.build(config, VOCAB))
-    optimizer = optim.build_optimizer(config, model)
+    (model,) = optim.wrap(config, gpt.build(config, VOCAB))
+    optimizer = optim.build_optimizer(config, [model])
     scheduler = optim.build_scheduler(config, optimizer)
-    task = Task(config, mesh, methods.load(config, MASK), model, torch.ones(VOCAB))
+    task = Task(config, mesh, methods.load(config, MASK), [model], torch.ones(VOCAB))
 
     def weights():
         return {n: p.detach().clone() for n, p in model.module.named_parameters()}

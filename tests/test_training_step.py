@@ -71,10 +71,10 @@ def one_step(rank: int, config: config_module.Config) -> dict:
 
     mesh = build_mesh(config)
     method = methods.load(config, MASK)
-    model = optim.wrap(config, gpt.build(config, VOCAB))
+    (model,) = optim.wrap(config, gpt.build(config, VOCAB))
     weights = {n: p.detach().clone() for n, p in model.module.named_parameters()}
-    optimizer = optim.build_optimizer(config, model)
-    task = Task(config, mesh, method, model, torch.ones(VOCAB))
+    optimizer = optim.build_optimizer(config, [model])
+    task = Task(config, mesh, method, [model], torch.ones(VOCAB))
     sums = accumulate_gradients(task, list(micro_batches(task, Text, 0, SEQUENCES)))
     gradients = {n: p.main_grad.clone() for n, p in model.module.named_parameters()}
     norm, applied = optim.update(optimizer, clip=0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -14,6 +15,7 @@ from tidar_mega.config import Config, UserError
 
 # What megatron-core and torch say at import and inside their own calls, on every rank; `tidar doctor` says it once.
 _THEIR_WARNINGS = r"(megatron|torch)\."
+_STDOUT = Path("-")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,8 +29,10 @@ def main(argv: list[str] | None = None) -> int:
     if rest:  # settings may also stand behind options
         args.overrides += rest
     try:
-        _check_json(getattr(args, "json", None))
-        return args.verb(args) or 0
+        figures_to = getattr(args, "json", None)
+        _check_json(figures_to)
+        with contextlib.redirect_stdout(sys.stderr if figures_to == _STDOUT else sys.stdout):
+            return args.verb(args) or 0
     except UserError as error:
         rank = f"[rank {os.environ['RANK']}] " if os.environ.get("RANK", "0") != "0" else ""
         print(f"{rank}error: {error}", file=sys.stderr, flush=True)
@@ -53,7 +57,14 @@ def _add_choices(parser: argparse.ArgumentParser, choices: dict, arguments: list
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        nargs="?",
+        const=_STDOUT,
+        metavar="FILE",
+        help="also write the figures to this file; without one, print them alone and all else to stderr",
+    )
 
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
@@ -62,14 +73,17 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
 
 
 def _write_json(path: Path | None, figures: dict) -> None:
-    if path is not None:
-        path.write_text(json.dumps(figures, indent=1) + "\n")
+    text = json.dumps(figures, indent=1) + "\n"
+    if path == _STDOUT:
+        print(text, end="", file=sys.__stdout__, flush=True)
+    elif path is not None:
+        path.write_text(text)
 
 
 def _check_json(path: Path | None) -> None:
     """Before the work, not after it."""
     try:
-        if path is not None:
+        if path not in (None, _STDOUT):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.open("a").close()
     except OSError as error:
@@ -109,6 +123,25 @@ def _prepare(args) -> None:
     from tidar_mega.data import prepare
 
     _write_json(args.json, prepare.run(args))
+
+
+# plan
+
+
+def _add_plan(parser, _) -> None:
+    from tidar_mega.plan import command
+
+    parser.set_defaults(verb=_plan)
+    command.add_arguments(parser)
+    _add_json(parser)
+
+
+def _plan(args) -> int:
+    from tidar_mega.plan import command
+
+    figures = command.run(args)
+    _write_json(args.json, figures)
+    return 0 if figures["fits"] else 1
 
 
 # pretrain
@@ -205,6 +238,12 @@ def _add_bench_train(parser, _) -> None:
     _add_measurement(parser, train)
 
 
+def _add_bench_layouts(parser, _) -> None:
+    from tidar_mega.bench import layouts
+
+    _add_measurement(parser, layouts)
+
+
 def _add_bench_decode(parser, _) -> None:
     from tidar_mega.bench import decode
 
@@ -225,6 +264,7 @@ def _bench(args) -> None:
 _VERBS = {
     "doctor": (_add_doctor, "Say what is installed, what is absent, what that costs and how to fix it."),
     "prepare": (_add_prepare, "Make a tokenizer and webdataset shards from text."),
+    "plan": (_add_plan, "Say what a run would take: memory, FLOPs, communication, time; find the layouts that fit."),
     "pretrain": (_add_pretrain, "Train, or go on from the newest checkpoint of the run folder."),
     "generate": (_add_generate, "Continue a prompt, streamed as tokens are committed."),
     "bench": (_add_bench, "Measure speed as a ratio against a baseline in the same run."),
@@ -232,6 +272,7 @@ _VERBS = {
 _BENCHES = {
     "attention": (_add_bench_attention, "Attention backends against the dense mask and plain causal attention."),
     "train": (_add_bench_train, "A training step against a plain-PyTorch model with the dense mask."),
+    "layouts": (_add_bench_layouts, "Every parallel layout against one process, and its share of communication."),
     "decode": (_add_bench_decode, "Fused decoding against plain AR decoding in the same engine."),
 }
 

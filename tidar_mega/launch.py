@@ -28,12 +28,13 @@ def is_worker() -> bool:
 
 def local_processes(config: Config, gpus: int) -> int:
     """How many processes to start on this machine, at most one per GPU where there are GPUs. Raises ConfigError."""
-    tensor, data = config.parallel.tensor, config.parallel.data
-    processes = (data or max(1, gpus // tensor)) * tensor
+    p = config.parallel
+    processes = (p.data or max(1, gpus // p.model_size)) * p.model_size
     if 0 < gpus < processes:
         raise ConfigError(
-            f"parallel.data x parallel.tensor = {data} x {tensor}: this machine has {gpus} GPU(s), one per process; "
-            "lower parallel.data or parallel.tensor, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to run on the CPU"
+            f"parallel.tensor x pipeline x context x data = {p.tensor} x {p.pipeline} x {p.context} x {p.data}: this "
+            f"machine has {gpus} GPU(s), one per process; lower one of them, or hide the GPUs (CUDA_VISIBLE_DEVICES=) "
+            "to run on the CPU"
         )
     return processes
 

@@ -64,6 +64,10 @@ class Rows:
         """Rows start..stop-1 of every sequence."""
         return self.map(lambda x_BT: x_BT[:, start:stop])
 
+    def take(self, index_BT: Tensor) -> Rows:
+        """Of every sequence, the rows at its own places `index_BT`, int64 [B, T']."""
+        return self.map(lambda x_BT: x_BT.gather(1, index_BT))
+
     def select(self, sequences) -> Rows:
         """The given sequences (a slice or index tensor over B)."""
         return self.map(lambda x_BT: x_BT[sequences])

@@ -18,6 +18,7 @@ from rich.table import Table
 from tidar_mega import config as config_module
 from tidar_mega import device, methods
 from tidar_mega.bench.plain import PlainModel
+from tidar_mega.bench.text import RandomText
 from tidar_mega.config import Config
 from tidar_mega.model import gpt
 from tidar_mega.parallel.mesh import build_mesh
@@ -88,7 +89,7 @@ def _contenders(args: argparse.Namespace) -> dict:
     config = config_module.from_tree(_settings(args))
     mesh = build_mesh(config)
     method = methods.load(config, mask_id=args.vocab - 1)
-    clean = _random_text(args.vocab - 1, args.seq_length)
+    clean = RandomText(args.vocab - 1, args.seq_length).rows(0)
     rows = method.training_rows(clean, torch.zeros(1, dtype=torch.int64))
     builders = {OURS: _our_step, PLAIN: _plain_step}
     wanted = [args.only] if args.only else list(builders)
@@ -96,10 +97,10 @@ def _contenders(args: argparse.Namespace) -> dict:
 
 
 def _our_step(config: Config, mesh, method, rows: Rows, vocab: int):
-    model = optim.wrap(config, gpt.build(config, vocab))
-    optimizer = optim.build_optimizer(config, model)
+    (model,) = optim.wrap(config, gpt.build(config, vocab))
+    optimizer = optim.build_optimizer(config, [model])
     scheduler = optim.build_scheduler(config, optimizer)
-    task = Task(config, mesh, method, model, torch.ones(vocab, device=device.device()))
+    task = Task(config, mesh, method, [model], torch.ones(vocab, device=device.device()))
 
     def step() -> None:
         accumulate_gradients(task, [rows])
@@ -114,7 +115,7 @@ def _plain_step(config: Config, mesh, method, rows: Rows, vocab: int):
     dtype = device.DTYPES[config.precision.dtype]
     model = PlainModel(config.model, gpt.padded_vocab_size(config, vocab)).to(device.device())
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.optimizer.lr)
-    weighted = normalise(Task(config, mesh, method, None, None), [rows])[0].to(device.device())
+    weighted = normalise(Task(config, mesh, method, [], torch.ones(0)), [rows])[0].to(device.device())
 
     def step() -> None:
         with torch.autocast(device.device().type, dtype, enabled=dtype != torch.float32):
@@ -142,14 +143,6 @@ def _settings(args: argparse.Namespace) -> dict:
         "train": {"block": args.block, "global_batch_size": 1, "micro_batch_size": 1},
         "precision": {"dtype": args.dtype},
     }
-
-
-def _random_text(vocab: int, length: int) -> Rows:
-    token = torch.randint(vocab, (1, length + 1), generator=torch.Generator().manual_seed(0))
-    order = torch.arange(length)[None]
-    zero = torch.zeros_like(order)
-    label = token[:, 1:]
-    return Rows(token[:, :-1], order, order, order + 1, zero, zero, label, torch.ones(1, length))
 
 
 def _peak_memory(args: argparse.Namespace, name: str) -> int:

@@ -14,6 +14,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor
 
+from tidar_mega import device
 from tidar_mega.checkpoint import torch_adam
 from tidar_mega.model.gpt import HybridGPT
 
@@ -40,7 +41,7 @@ class TrainState:
     """The live objects of a run. `window` holds the sums since the last log line, equal on every rank: with them, a
     line that spans a restart says what it would have said."""
 
-    model: DistributedDataParallel
+    models: list[DistributedDataParallel]  # the model chunks of this rank: several with a virtual pipeline
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     progress: Progress
@@ -49,19 +50,23 @@ class TrainState:
 
 def sharded(state: TrainState) -> dict:
     """Collective. Everything as megatron's sharded state dict, to be saved."""
-    if state.model.ddp_config.overlap_param_gather:  # else only the next forward would gather the new weights
-        state.model.start_param_sync(force_sync=True)
+    for model in state.models:
+        if model.ddp_config.overlap_param_gather:  # else only the next forward would gather the new weights
+            model.start_param_sync(force_sync=True)
     return {**_template(state, is_loading=False), "random": _random_states()}
 
 
-def template(state: TrainState, same_tensor_size: bool) -> dict:
-    """What `store.load` fills in. Random states belong to tensor-parallel ranks: another number of them has none."""
+def template(state: TrainState, same_layout: bool) -> dict:
+    """What `store.load` fills in. Random states belong to model-parallel ranks: another layout of them has none.
+
+    Nothing is lost without them: what training draws is a function of the sample, and dropout is not used.
+    """
     parts = _template(state, is_loading=True)
-    return {**parts, "random": _random_states()} if same_tensor_size else parts
+    return {**parts, "random": _random_states()} if same_layout else parts
 
 
 def _template(state: TrainState, is_loading: bool) -> dict:
-    parts = sharded_weights(state.model.module)
+    parts = {name: model.sharded_state_dict(metadata=SHARDING) for name, model in _chunks(state).items()}
     parts["optimizer"] = state.optimizer.sharded_state_dict(parts, is_loading=is_loading, metadata=SHARDING)
     parts["scheduler"] = state.scheduler.state_dict()
     parts["progress"] = asdict(state.progress)
@@ -70,9 +75,12 @@ def _template(state: TrainState, is_loading: bool) -> dict:
 
 
 def size_bytes(state: TrainState) -> int:
-    """About what a checkpoint takes on disk: the weights, and three float32 numbers of the optimizer for each."""
-    tensor = parallel_state.get_tensor_model_parallel_world_size()
-    return tensor * sum(p.numel() * (p.element_size() + 12) for p in state.model.module.parameters())
+    """Collective. About what a checkpoint takes on disk: the weights, and three float32 numbers of the optimizer for
+    each. It is the sum over the ranks that hold one replica of the model."""
+    mine = sum(p.numel() * (p.element_size() + 12) for model in state.models for p in model.parameters())
+    total = torch.tensor(mine, device=device.device())
+    dist.all_reduce(total, group=parallel_state.get_model_parallel_group())
+    return int(total)
 
 
 def sharded_weights(model: HybridGPT) -> dict:
@@ -82,7 +90,8 @@ def sharded_weights(model: HybridGPT) -> dict:
 
 def restore(state: TrainState, loaded: dict) -> None:
     """Puts what `store.load` made of `template` into the live objects."""
-    state.model.module.load_state_dict(loaded["model"], strict=True)
+    for name, model in _chunks(state).items():
+        model.load_state_dict(loaded[name], strict=True)
     torch_adam.load_state(state.optimizer, loaded["optimizer"])
     state.scheduler.num_steps = 0  # its load_state_dict adds the saved steps to those already taken
     state.scheduler.load_state_dict(loaded["scheduler"])
@@ -93,9 +102,19 @@ def restore(state: TrainState, loaded: dict) -> None:
     state.window = loaded["window"]
 
 
+def _chunks(state: TrainState) -> dict[str, HybridGPT]:
+    """The chunks of this rank by their names in a state dict. On disk a weight has the name of its layer in the whole
+    model, so any number of chunks loads what any other has saved."""
+    if len(state.models) == 1:
+        return {"model": state.models[0].module}
+    return {f"model{i}": model.module for i, model in enumerate(state.models)}
+
+
 def _random_states() -> ShardedObject:
-    """torch's and megatron's random states; they differ between tensor-parallel ranks, not between replicas."""
+    """torch's and megatron's random states; they differ between model-parallel ranks, not between replicas."""
     states = {"torch": torch.get_rng_state(), "megatron": get_cuda_rng_tracker().get_states()}
+    pipeline = parallel_state.get_pipeline_model_parallel_group()
     tensor = parallel_state.get_tensor_model_parallel_group()
-    replica = dist.get_rank(parallel_state.get_data_parallel_group())
-    return ShardedObject("random", states, (tensor.size(),), (tensor.rank(),), replica_id=replica)
+    replica = parallel_state.get_data_parallel_group(with_context_parallel=True).rank()
+    shape, place = (pipeline.size(), tensor.size()), (pipeline.rank(), tensor.rank())
+    return ShardedObject("random", states, shape, place, replica_id=replica)

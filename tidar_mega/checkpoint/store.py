@@ -11,14 +11,19 @@ import functools
 import json
 import os
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
 from tidar_mega import config as config_module
 from tidar_mega.checkpoint.state import SHARDING
+from tidar_mega.checkpoint.writing import Writer
 from tidar_mega.config import Config, UserError
+from tidar_mega.parallel.failures import of_communication
 from tidar_mega.parallel.mesh import Mesh
 
 FORMAT = 1
@@ -31,11 +36,14 @@ class CheckpointError(UserError):
 
 
 class CheckpointStore:
-    """The checkpoints of one run, newest last."""
+    """The checkpoints of one run, newest last. At most one is being written at a time."""
 
     def __init__(self, folder: Path, keep_last: int) -> None:
         self.folder = folder
         self.keep_last = keep_last
+        self.latest: Path | None = None  # published or being written by this run, or the one it goes on from
+        self._writer = Writer()
+        self._draft: _Draft | None = None
 
     def published(self) -> list[Path]:
         return sorted(p for p in self.folder.glob("step_*") if (p / _META).is_file())
@@ -43,34 +51,92 @@ class CheckpointStore:
     def newest(self) -> Path | None:
         return next(reversed(self.published()), None)
 
+    def open(self, mesh: Mesh) -> Path | None:
+        """Collective. The newest checkpoint as the main rank sees it, to go on from: folders that are shared over a
+        network do not show the same to every rank at once."""
+        box = [self.newest() if mesh.is_main else None]
+        dist.broadcast_object_list(box, src=0)
+        self.latest = box[0]
+        return self.latest
+
     def save(self, mesh: Mesh, step: int, parts: dict, meta: dict, tokenizer: Path, size: int) -> Path:
         """Collective. Writes `parts` (of `state.sharded`, about `size` bytes) and publishes them whole or not at all.
 
         Raises CheckpointError on every rank, for example on a full disk; earlier checkpoints stay as they are.
         """
-        final = self.folder / f"step_{step:08d}"
-        draft = self.folder / f".{final.name}.unfinished"
-        mesh.on_main(_on_disk(draft, lambda: _fresh_folder(self.folder, draft, size)))
-        try:
-            dist_checkpointing.save(parts, str(draft), content_metadata=SHARDING)
-        except _MEGATRON_ERRORS as error:  # the writers' results are exchanged: every rank comes here
-            mesh.on_main(functools.partial(_give_up, draft, error))  # the main rank was told why
-        mesh.on_main(_on_disk(draft, lambda: self._publish(draft, final, meta, tokenizer)))
-        return final
+        self.begin(mesh, step, parts, meta, tokenizer, size)
+        self.wait(mesh)
+        return self.path(step)
 
-    def _publish(self, draft: Path, final: Path, meta: dict, tokenizer: Path) -> None:
-        shutil.copytree(tokenizer, draft / "tokenizer")
-        sizes = {str(p.relative_to(draft)): p.stat().st_size for p in sorted(draft.rglob("*")) if p.is_file()}
-        (draft / _META).write_text(json.dumps({"format": FORMAT, **meta, "files": sizes}, indent=1))
-        for path in [*draft.rglob("*"), draft]:
+    def begin(self, mesh: Mesh, step: int, parts: dict, meta: dict, tokenizer: Path, size: int) -> None:
+        """Collective. As `save`, but returns as soon as `parts` may change; `poll` or `wait` publishes the checkpoint.
+
+        Waits first for the save that is in flight.
+        """
+        self.wait(mesh)
+        final = self.path(step)
+        draft = _Draft(self.folder / f".{final.name}.unfinished", final, meta, tokenizer)
+        mesh.on_main(_on_disk(draft.folder, lambda: _fresh_folder(self.folder, draft.folder, size)))
+        try:
+            self._writer.begin(parts, str(draft.folder), SHARDING)
+        except _MEGATRON_ERRORS as error:  # of this rank alone, so nothing is exchanged; the launcher ends the others
+            _give_up_alone(draft.folder, error)
+        self._draft, self.latest = draft, final
+
+    def poll(self, mesh: Mesh) -> Path | None:
+        """Collective, and cheap. Publishes the save in flight once all ranks have written it, and returns its folder.
+
+        Raises CheckpointError on every rank if one could not write.
+        """
+        return self._finish(mesh, self._writer.poll)
+
+    def wait(self, mesh: Mesh) -> Path | None:
+        """Collective. As `poll`, but comes back only when no save is in flight."""
+        return self._finish(mesh, self._writer.wait)
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step_{step:08d}"
+
+    def _finish(self, mesh: Mesh, written: Callable[[], bool]) -> Path | None:
+        draft = self._draft
+        if draft is None:
+            return None
+        try:
+            if not written():
+                return None
+        except CheckpointException as error:  # exchanged by megatron: every rank comes here, and the main one knows why
+            self._draft = None
+            mesh.on_main(functools.partial(_give_up, draft.folder, error))
+        except Exception as error:  # of the main rank alone, which writes megatron's index of the files
+            _give_up_alone(draft.folder, error)
+        self._draft = None
+        mesh.on_main(_on_disk(draft.folder, lambda: self._publish(draft)))
+        return draft.final
+
+    def _publish(self, draft: _Draft) -> None:
+        folder = draft.folder
+        shutil.copytree(draft.tokenizer, folder / "tokenizer")
+        sizes = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+        (folder / _META).write_text(json.dumps({"format": FORMAT, **draft.meta, "files": sizes}, indent=1))
+        for path in [*folder.rglob("*"), folder]:
             _flush(path)
-        assert not final.exists(), "a published checkpoint is never written again"
-        draft.rename(final)
+        assert not draft.final.exists(), "a published checkpoint is never written again"
+        folder.rename(draft.final)
         _flush(self.folder)
         for old in self.published()[: -self.keep_last]:
             leftover = old.with_name(f".{old.name}.unfinished")  # a kill in the middle leaves no half checkpoint
             old.rename(leftover)
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A checkpoint that is being written: where, under which name it will be published, and what is added then."""
+
+    folder: Path
+    final: Path
+    meta: dict
+    tokenizer: Path
 
 
 def resolve(path: Path) -> Path:
@@ -130,6 +196,13 @@ def _fresh_folder(folder: Path, draft: Path, size: int) -> None:
 def _give_up(draft: Path, error: BaseException) -> None:
     shutil.rmtree(draft, ignore_errors=True)
     raise CheckpointError(_cannot_write(draft, error)) from error
+
+
+def _give_up_alone(draft: Path, error: BaseException) -> None:
+    """Where the other ranks know nothing of `error`, unless it is they who are gone."""
+    if of_communication(error):
+        raise error
+    _give_up(draft, error)
 
 
 def _on_disk(draft: Path, action):

@@ -47,7 +47,7 @@ def load_engine(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Load
     device.start_alone()
     build_mesh(config)
     tokenizer = Tokenizer.load(checkpoint / "tokenizer")
-    model = gpt.build(config, meta["vocab_size"])
+    (model,) = gpt.build(config, meta["vocab_size"])
     parts = store.load(checkpoint, sharded_weights(model))
     model.load_state_dict(parts["model"], strict=True)
     model.eval()

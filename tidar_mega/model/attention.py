@@ -4,11 +4,14 @@ Megatron hands one object of ours, the *context*, to every layer as `attention_b
 attended to: `TrainingAttention` here attends within the rows of the forward pass, decoding brings a context that also
 reads and writes a cache. The layer itself knows nothing about masks.
 
-    dense   reference: torch's scaled_dot_product_attention with the boolean [B, T, T] mask; any device, any type
+    dense   reference: torch's scaled_dot_product_attention with the boolean [B, T, K] mask; any device, any type
     tiles   CPU: skips what the mask forbids (`tiles.py`); differentiable
     flex    CUDA: FlexAttention with a block mask; on CPU only its forward works
 
-Shape suffixes: T rows, B sequences, H query heads, G key heads, E head width.
+With context parallelism the rows of the forward are a part of the sequence's (`parallel/context.py`): their keys are
+gathered first, and then every backend attends from T rows to K keys.
+
+Shape suffixes: T rows of this rank, K keys they may look at, B sequences, H query heads, G key heads, E head width.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from tidar_mega.config import ConfigError
 from tidar_mega.model.tile_plan import Structure, make_plan
 from tidar_mega.model.tiles import tiled_attention
+from tidar_mega.parallel.context import Part, gather_keys, whole
 from tidar_mega.rows import Rows, rule, visible
 
 BACKENDS = ("dense", "tiles", "flex")
@@ -71,61 +75,65 @@ class HybridAttention(MegatronModule):
 class TrainingAttention:
     """The context of training and likelihood: the rows of the forward pass attend to one another, nothing is cached.
 
-    `backend` is a member of BACKENDS (see `choose_backend`). The mask or plan is made once, at the first layer."""
+    `rows` are all rows of the sequences, or this rank's part of them. `backend` is a member of BACKENDS (see
+    `choose_backend`). The mask or plan is made once, at the first layer."""
 
-    def __init__(self, rows: Rows, backend: str):
+    def __init__(self, rows: Rows | Part, backend: str):
         if backend not in BACKENDS:
             raise ConfigError(
                 f"model.attention: {backend!r} is not one of {', '.join(BACKENDS)} (resolve 'auto' first)"
             )
-        self.rows, self.backend = rows, backend
+        self.part = whole(rows) if isinstance(rows, Rows) else rows
+        self.queries, self.keys, self.backend = self.part.rows, self.part.keys, backend
 
     def attend(self, layer_number: int, q_TBHE: Tensor, k_TBGE: Tensor, v_TBGE: Tensor, scale: float) -> Tensor:
+        k_KBGE, v_KBGE = gather_keys(k_TBGE, v_TBGE, self.part)
         if self.backend == "tiles":
             if q_TBHE.device.type != "cpu":
                 raise ConfigError(f"model.attention=tiles works on CPU, not on {q_TBHE.device}; use flex or dense")
-            return tiled_attention(q_TBHE, k_TBGE, v_TBGE, scale, self._plan)
-        q_BHTE, k_BGTE, v_BGTE = (x.permute(1, 2, 0, 3) for x in (q_TBHE, k_TBGE, v_TBGE))
+            return tiled_attention(q_TBHE, k_KBGE, v_KBGE, scale, self._plan)
+        q_BHTE, k_BGKE, v_BGKE = (x.permute(1, 2, 0, 3) for x in (q_TBHE, k_KBGE, v_KBGE))
         if self.backend == "dense":
-            mask_B1TT = self._dense_mask[:, None]
-            out_BHTE = scaled_dot_product_attention(q_BHTE, k_BGTE, v_BGTE, mask_B1TT, scale=scale, enable_gqa=True)
+            mask_B1TK = self._dense_mask[:, None]
+            out_BHTE = scaled_dot_product_attention(q_BHTE, k_BGKE, v_BGKE, mask_B1TK, scale=scale, enable_gqa=True)
         else:
             _check_flex(q_TBHE, k_TBGE, v_TBGE)
             if not torch.is_grad_enabled():  # on CPU flex refuses whatever requires a gradient, wanted or not
-                q_BHTE, k_BGTE, v_BGTE = (x.detach() for x in (q_BHTE, k_BGTE, v_BGTE))
+                q_BHTE, k_BGKE, v_BGKE = (x.detach() for x in (q_BHTE, k_BGKE, v_BGKE))
             flex = _flex_attention(q_TBHE.is_cuda)
-            out_BHTE = flex(q_BHTE, k_BGTE, v_BGTE, block_mask=self.block_mask, scale=scale, enable_gqa=True)
+            out_BHTE = flex(q_BHTE, k_BGKE, v_BGKE, block_mask=self.block_mask, scale=scale, enable_gqa=True)
         return out_BHTE.permute(2, 0, 1, 3).contiguous()
 
     @cached_property
     def _dense_mask(self) -> Tensor:
-        return visible(self.rows, self.rows)
+        return visible(self.queries, self.keys)
 
     @cached_property
     def _plan(self) -> tuple[Structure, ...]:
-        return make_plan(self.rows)
+        return make_plan(self.queries, self.keys)
 
     @cached_property
     def block_mask(self):
-        """FlexAttention's BlockMask of these rows."""
+        """FlexAttention's BlockMask of these rows and keys."""
         from torch.nn.attention.flex_attention import create_block_mask
 
-        B, T = self.rows.shape
-        device = self.rows.token.device
+        (B, T), K = self.queries.shape, self.keys.shape[1]
+        device = self.queries.token.device
         # Compiled, the mask is made block by block; without a compiler (CPU tests) it is small anyway.
-        return create_block_mask(
-            flex_rule(self.rows), B, None, T, T, device=device, BLOCK_SIZE=FLEX_BLOCK, _compile=device.type == "cuda"
-        )
+        mask_mod = flex_rule(self.queries, self.keys)
+        compiled = device.type == "cuda"
+        return create_block_mask(mask_mod, B, None, T, K, device=device, BLOCK_SIZE=FLEX_BLOCK, _compile=compiled)
 
 
-def flex_rule(rows: Rows):
-    """The visibility rule as FlexAttention's `mask_mod(b, h, q_index, k_index)`."""
-    document, order, horizon, group = rows.document, rows.order, rows.horizon, rows.group
-    causal_in_group = rows.causal_in_group
+def flex_rule(queries: Rows, keys: Rows | None = None):
+    """The visibility rule as FlexAttention's `mask_mod(b, h, q_index, k_index)`; `keys` are the queries if not given."""
+    keys = queries if keys is None else keys
+    q_fields = queries.document, queries.order, queries.horizon, queries.group
+    k_fields = keys.document, keys.order, keys.group
+    causal_in_group = queries.causal_in_group
 
     def mask_mod(b, h, q, k):
-        query = (document[b, q], order[b, q], horizon[b, q], group[b, q])
-        return rule(*query, document[b, k], order[b, k], group[b, k], causal_in_group)
+        return rule(*(x_BT[b, q] for x_BT in q_fields), *(x_BK[b, k] for x_BK in k_fields), causal_in_group)
 
     return mask_mod
 

@@ -5,13 +5,18 @@ Shape suffixes: B sequences, T rows, D hidden width, N selected rows, V vocabula
 
 from __future__ import annotations
 
+import hashlib
+import math
+
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from tidar_mega.config import Config
@@ -34,7 +39,8 @@ class HybridGPT(GPTModel):
         """Hidden states after the final norm, [T, B, D], identical on every tensor-parallel rank.
 
         The gradient that flows back into them is summed over the tensor-parallel group, as each rank's part of the
-        head contributes its own.
+        head contributes its own. On an earlier pipeline stage: what the next stage takes, [T, B, D] or, with sequence
+        parallelism, this rank's part of the T rows.
         """
         hidden = super().forward(
             input_ids=rows.token,
@@ -42,6 +48,8 @@ class HybridGPT(GPTModel):
             attention_mask=None,
             extra_block_kwargs={"attention_bias": context},
         )
+        if not self.post_process:
+            return hidden
         if self.config.sequence_parallel:
             return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
         return copy_to_tensor_model_parallel_region(hidden)
@@ -71,21 +79,64 @@ class HybridGPT(GPTModel):
         return hidden_states
 
 
-def build(config: Config, vocab_size: int, training: bool = True) -> HybridGPT:
-    """The model on this rank of megatron's (already initialised) groups, in `precision.dtype`, on its device.
+def build(config: Config, vocab_size: int, training: bool = True) -> list[HybridGPT]:
+    """This rank's part of the model, in `precision.dtype`, on its device: one chunk for each virtual pipeline stage.
 
-    Weights are drawn from megatron's seeded random states: equal for every data-parallel rank and for every layout.
+    Needs megatron's groups to be initialised. The weights are a function of train.seed alone, equal for every layout.
     """
     shape = transformer_config(config, training)
-    model = HybridGPT(
+    parts = config.parallel.virtual_pipeline
+    chunks = [_chunk(config, shape, vocab_size, part if parts > 1 else None) for part in range(parts)]
+    initialise(chunks, config.train.seed)
+    return [chunk.cuda(torch.cuda.current_device()) for chunk in chunks] if has_cuda() else chunks
+
+
+def _chunk(config: Config, shape: TransformerConfig, vocab_size: int, vp_stage: int | None) -> HybridGPT:
+    rank, last = parallel_state.get_pipeline_model_parallel_rank(), config.parallel.pipeline - 1
+    return HybridGPT(
         config=shape,
-        transformer_layer_spec=block_spec(shape),
+        transformer_layer_spec=block_spec(shape, vp_stage),
         vocab_size=padded_vocab_size(config, vocab_size),
         max_sequence_length=config.data.seq_length,
+        pre_process=rank == 0 and vp_stage in (None, 0),
+        post_process=rank == last and vp_stage in (None, config.parallel.virtual_pipeline - 1),
         share_embeddings_and_output_weights=config.model.tie_embeddings,
         rotary_base=config.model.rotary_base,
+        vp_stage=vp_stage,
     )
-    return model.cuda(torch.cuda.current_device()) if has_cuda() else model
+
+
+@torch.no_grad()
+def initialise(chunks: list[HybridGPT], seed: int) -> None:
+    """Draws every weight matrix from (seed, its name in the whole model) and keeps this tensor-parallel rank's part.
+
+    Megatron draws in the order of construction, which depends on the pipeline layout; biases and norms keep the
+    constants that it gives them.
+    """
+    for chunk in chunks:
+        if chunk.pre_process:
+            _draw(chunk.embedding.word_embeddings.weight, chunk, seed, "word_embeddings")
+        if chunk.post_process:
+            name = "word_embeddings" if chunk.share_embeddings_and_output_weights else "output_layer"
+            _draw(chunk.head_weight, chunk, seed, name)
+        for layer in chunk.decoder.layers:
+            for name, weight in layer.named_parameters():
+                if weight.dim() == 2:
+                    _draw(weight, chunk, seed, f"layer {layer.layer_number} {name}")
+
+
+def _draw(weight: Tensor, chunk: HybridGPT, seed: int, name: str) -> None:
+    group = parallel_state.get_tensor_model_parallel_group()
+    writes_residual = "linear_proj" in name or "linear_fc2" in name  # split over its inputs, and scaled with depth
+    dim = 1 if writes_residual else 0
+    std = chunk.config.init_method_std / (math.sqrt(2 * chunk.config.num_layers) if writes_residual else 1)
+    shape = [size * group.size() if d == dim else size for d, size in enumerate(weight.shape)]
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    draw = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    whole = torch.empty(shape).normal_(0.0, std, generator=draw)
+    # a rank's part of fc1 is a slice of the gate and a slice of the up projection
+    pieces = whole.chunk(2, dim) if "linear_fc1" in name else [whole]
+    weight.copy_(torch.cat([piece.chunk(group.size(), dim)[group.rank()] for piece in pieces], dim))
 
 
 def padded_vocab_size(config: Config, vocab_size: int) -> int:

@@ -1,9 +1,9 @@
 """The plan of the `tiles` backend: which keys each small group of query rows has to look at.
 
 Made once for a batch of rows and shared by all layers. Visibility is asked of `rows.rule` alone, for one tile of
-queries against all keys at a time, so the plan is exact for any rows; only how rows are put together into tiles is a
-guess at what is fast: chunks of clean rows together with the mask rows of the same places, because both read the same
-clean prefix (TiDAR, arXiv 2511.08923, section 3.1).
+queries against all keys at a time, so the plan is exact for any queries and keys; only how rows are put together into
+tiles is a guess at what is fast: rows whose clean prefixes are about as long, which in training are those of the same
+places in both halves (TiDAR, arXiv 2511.08923, section 3.1), and not across documents where that is much in vain.
 
 Shape suffixes: B sequences, T rows, R query rows of a tile, L keys of a tile.
 """
@@ -17,12 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tidar_mega.rows import CLEAN, Rows, rule
+from tidar_mega.rows import Rows, rule
 
-CHUNK = 64  # clean rows of a tile; about 3 * S * CHUNK pairs are computed in vain, smaller chunks cost more calls
+CHUNK = 128  # most query rows of a tile; about S * CHUNK pairs are computed in vain, smaller tiles cost more calls
+STEP = 16  # tiles are cut at multiples of it: oneDNN compiles a kernel for each size of tile it meets
+CALL, COPY = 2048, 16  # cost of a tile and of each of its keys, beside its pairs, in pairs
 GAP = 16  # unseen keys that are taken along (and masked) so as to keep two ranges of keys in one piece
 
-ROWS_STEP, WIDTH_STEP = 16, 32  # tiles of few different sizes: oneDNN compiles a kernel for each size it meets
+WIDTH_STEP = 32  # numbers of keys are multiples of it, for the same reason as STEP
 
 Range = tuple[int, int]
 
@@ -33,7 +35,7 @@ class Tile:
 
     start: int
     stop: int
-    keys: tuple[Range, ...]  # ranges of the rows' own numbering
+    keys: tuple[Range, ...]  # ranges of the key rows' own numbering
     width: int  # L, the number of keys
     kept: int  # leading keys that are also the leading keys of the tile before
     free: int  # leading keys that every query row of the tile sees
@@ -52,6 +54,7 @@ class Structure:
     sequences: Tensor  # int64, which sequences of the batch
     row_order: Tensor  # int64 [T]: the rows in the order of the tiles
     tiles: tuple[Tile, ...]
+    keys: int  # K, the number of keys; T where the rows look at one another
 
     @cached_property
     def place(self) -> Tensor:
@@ -79,8 +82,8 @@ class Structure:
         return sum(t.rows * t.width for t in self.tiles)
 
     def visible(self) -> Tensor:
-        """bool [T, T]: the mask that the tiles apply, put together again (for tests and drawings)."""
-        seen_TT = torch.zeros(len(self.row_order), len(self.row_order), dtype=torch.bool)
+        """bool [T, K]: the mask that the tiles apply, put together again (for tests and drawings)."""
+        seen_TK = torch.zeros(len(self.row_order), self.keys, dtype=torch.bool)
         for tile in self.tiles:
             columns = torch.cat([torch.arange(a, b) for a, b in tile.keys])
             tile_RL = torch.ones(tile.rows, tile.width, dtype=torch.bool)
@@ -88,61 +91,77 @@ class Structure:
                 tile_RL[:, tile.free :] = tile.bias_LR.T == 0
             if tile.sees_R is not None:
                 tile_RL &= tile.sees_R[:, None] > 0
-            seen_TT[self.row_order[tile.start : tile.stop, None], columns] = tile_RL
-        return seen_TT
+            seen_TK[self.row_order[tile.start : tile.stop, None], columns] = tile_RL
+        return seen_TK
 
 
-def make_plan(rows: Rows, chunk: int = CHUNK) -> tuple[Structure, ...]:
-    """One `Structure` for each different structure in the batch (one alone where documents are not packed)."""
-    fields = [x.cpu() for x in (rows.document, rows.order, rows.horizon, rows.group)]
-    different, which = torch.unique(torch.stack(fields, dim=1), dim=0, return_inverse=True)
-    return tuple(
-        _structure(different[i], (which == i).nonzero().squeeze(1), rows.causal_in_group, chunk)
-        for i in range(len(different))
-    )
+def make_plan(queries: Rows, keys: Rows | None = None, chunk: int = CHUNK) -> tuple[Structure, ...]:
+    """One `Structure` for each different structure in the batch (one alone where documents are not packed).
+
+    `keys` are what the queries may look at, in their own numbering; without them, the queries look at one another."""
+    keys = queries if keys is None else keys
+    fields = [_fields(queries, "document", "order", "horizon", "group"), _fields(keys, "document", "order", "group")]
+    together = torch.cat([x_BFT.flatten(1) for x_BFT in fields], dim=1)
+    _, which = torch.unique(together, dim=0, return_inverse=True)
+    structures = []
+    for i in range(int(which.max()) + 1):
+        sequences = (which == i).nonzero().squeeze(1)
+        queries_4T, keys_3K = (x_BFT[sequences[0]] for x_BFT in fields)
+        structures.append(_structure(queries_4T, keys_3K, sequences, queries.causal_in_group, chunk))
+    return tuple(structures)
 
 
-def _structure(fields_4T: Tensor, sequences: Tensor, causal_in_group: bool, chunk: int) -> Structure:
-    query_ranges = _query_ranges(fields_4T[0], fields_4T[1], fields_4T[3] == CLEAN, chunk)
-    document, order, horizon, group = fields_4T.to(torch.int32).numpy()  # numpy: many small steps, no threads to wake
+def _fields(rows: Rows, *names: str) -> Tensor:
+    return torch.stack([getattr(rows, name).cpu() for name in names], dim=1)
+
+
+def _structure(
+    queries_4T: Tensor, keys_3K: Tensor, sequences: Tensor, causal_in_group: bool, chunk: int
+) -> Structure:
+    # numpy: many small steps, no threads to wake
+    queries_4T, keys_3K = (x.to(torch.int32).numpy() for x in (queries_4T, keys_3K))
     tiles, row_order, start, before, shared = [], [], 0, (), {}
-    for ranges in query_ranges:
-        r = np.concatenate([np.arange(a, b) for a, b in ranges])
-        sees_RT = rule(
-            document[r, None], order[r, None], horizon[r, None], group[r, None], document, order, group, causal_in_group
-        )
-        keys, free = _key_ranges(sees_RT)
+    for r, sees_RK in _groups(queries_4T, keys_3K, causal_in_group, chunk):
+        keys, free = _key_ranges(sees_RK)
         row_order.append(r)
         if keys:  # a tile whose rows see nothing needs no work: its output stays zero
-            bias, sees = _bias(sees_RT, keys, free, shared)
+            bias, sees = _bias(sees_RK, keys, free, shared)
             width = sum(b - a for a, b in keys)
             kept = _common(before, keys)
             tiles.append(Tile(start, start + len(r), keys, width, kept, free, bias, sees))
             before = keys
         start += len(r)
-    return Structure(sequences, torch.from_numpy(np.concatenate(row_order)), tuple(tiles))
+    row_order_T = torch.from_numpy(np.concatenate(row_order))
+    return Structure(sequences, row_order_T, tuple(tiles), keys_3K.shape[1])
 
 
-def _query_ranges(document: Tensor, order: Tensor, is_clean: Tensor, chunk: int) -> list[tuple[Range, ...]]:
-    """Every row once: chunks of clean rows, each with the mask rows of the same places."""
-    clean, total = int(is_clean.sum()), len(is_clean)
-    if clean == total or not bool(is_clean[:clean].all()):  # no masks, or no clean half in front
-        return [((a, min(a + 2 * chunk, total)),) for a in range(0, total, 2 * chunk)]
-    place = torch.where(document < 0, 1 << 30, document) * (1 << 32) + order
-    firsts = torch.arange(0, clean, chunk)
-    if bool((place[:clean].diff() >= 0).all() and (place[clean:].diff() >= 0).all()):
-        cuts = torch.searchsorted(place[clean:].contiguous(), place[firsts[1:]].contiguous())
-    else:
-        cuts = firsts[1:] * (total - clean) // max(clean, 1)
-    cuts = ((cuts + ROWS_STEP // 2) // ROWS_STEP * ROWS_STEP).clamp_max(total - clean)
-    edges = [clean, *(clean + cuts).tolist(), total]
-    result: list[tuple[Range, ...]] = []
-    for i, a in enumerate(firsts.tolist()):
-        b, low, high = min(a + chunk, clean), edges[i], edges[i + 1]
-        middle = min(high, low + chunk)
-        result.append(((a, b), (low, middle)) if middle > low else ((a, b),))
-        result += [((c, min(c + chunk, high)),) for c in range(middle, high, chunk)]
-    return result
+def _groups(queries_4T: np.ndarray, keys_3K: np.ndarray, causal_in_group: bool, chunk: int):
+    """Every query row once: the rows of each tile, int64 [R], and which keys they see, bool [R, K]."""
+    document_T, _, horizon_T, _ = queries_4T
+    last = np.iinfo(np.int32).max  # padding comes last
+    sorted_T = np.lexsort((horizon_T, np.where(document_T < 0, last, document_T)))
+    for i in range(0, len(sorted_T), chunk):
+        r = sorted_T[i : i + chunk]
+        sees_RK = rule(*queries_4T[:, r, None], *keys_3K, causal_in_group)
+        cuts = _cuts(sees_RK)
+        for a, b in zip(cuts, cuts[1:], strict=False):
+            runs = a + r[a:b].argsort()  # neighbours in memory stay neighbours
+            yield r[runs], sees_RK[runs]
+
+
+def _cuts(sees_RK: np.ndarray) -> list[int]:
+    """Where to cut rows into tiles, at the lowest cost: rows times the keys that any of them sees, and overheads."""
+    edges = [*range(0, len(sees_RK), STEP), len(sees_RK)]
+    seen_NK = np.logical_or.reduceat(sees_RK, edges[:-1], axis=0)
+    best: list[tuple[int, list[int]]] = [(0, [0])]  # for the rows before each edge: cost and cuts
+    for end in range(1, len(edges)):
+        seen_K, found = np.zeros_like(seen_NK[0]), []
+        for begin in reversed(range(end)):
+            seen_K |= seen_NK[begin]
+            tile = CALL + (edges[end] - edges[begin] + COPY) * int(np.count_nonzero(seen_K))
+            found.append((best[begin][0] + tile, [*best[begin][1], edges[end]]))
+        best.append(min(found))
+    return best[-1][1]
 
 
 def _runs(flag_T: np.ndarray, gap: int = 0) -> list[Range]:

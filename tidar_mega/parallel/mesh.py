@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -15,12 +16,19 @@ from tidar_mega.device import prepare_megatron
 
 @dataclass(frozen=True)
 class Mesh:
-    """The groups of this process: `tensor` splits every layer, `data` holds replicas that see different samples."""
+    """The groups of this process.
+
+    tensor splits every layer, pipeline the layers, context the rows of each sequence; `data` holds the replicas that
+    see different samples. `sharded_data` is data x context: those who hold the same weights and share the optimizer.
+    """
 
     rank: int
     world_size: int
     tensor: dist.ProcessGroup
+    pipeline: dist.ProcessGroup
+    context: dist.ProcessGroup
     data: dist.ProcessGroup
+    sharded_data: dist.ProcessGroup
 
     @property
     def data_rank(self) -> int:
@@ -34,6 +42,19 @@ class Mesh:
     def is_main(self) -> bool:
         """True on the one process that prints and writes logs."""
         return self.rank == 0
+
+    @property
+    def has_head(self) -> bool:
+        """True on the last pipeline stage, where the losses are."""
+        return self.pipeline.rank() == self.pipeline.size() - 1
+
+    def from_head(self, value):
+        """Collective over the pipeline. The object that the last stage passes, on every stage."""
+        if self.pipeline.size() == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, group=self.pipeline, group_src=self.pipeline.size() - 1)
+        return box[0]
 
     def on_main(self, action):
         """Collective. Calls `action` on the main process and returns its result there, None elsewhere.
@@ -56,23 +77,39 @@ def build_mesh(config: Config) -> Mesh:
     """Makes the groups inside the default process group. Raises ConfigError if the world does not fit the config."""
     prepare_megatron()
     parallel, world = config.parallel, dist.get_world_size()
-    if world % parallel.tensor:
-        raise ConfigError(f"parallel.tensor = {parallel.tensor}: must divide the number of processes ({world})")
-    data = world // parallel.tensor
-    if parallel.data not in (None, data):
-        raise ConfigError(
-            f"parallel.data = {parallel.data}: {world} processes / parallel.tensor {parallel.tensor} make {data}; "
-            "set it to that or to null, or start another number of processes"
-        )
+    data = _data_size(config, world)
     check_batch(config, data)
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=parallel.tensor)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        context_parallel_size=parallel.context,
+        distributed_timeout_minutes=max(1, math.ceil(parallel.timeout_minutes)),  # megatron takes whole minutes
+    )
     model_parallel_cuda_manual_seed(config.train.seed, force_reset_rng=True)
-    torch.manual_seed(config.train.seed)  # weights are drawn on the CPU, of which megatron seeds nothing
+    torch.manual_seed(config.train.seed)  # megatron seeds only CUDA
     return Mesh(
         rank=dist.get_rank(),
         world_size=world,
         tensor=parallel_state.get_tensor_model_parallel_group(),
+        pipeline=parallel_state.get_pipeline_model_parallel_group(),
+        context=parallel_state.get_context_parallel_group(),
         data=parallel_state.get_data_parallel_group(),
+        sharded_data=parallel_state.get_data_parallel_group(with_context_parallel=True),
     )
+
+
+def _data_size(config: Config, world: int) -> int:
+    parallel = config.parallel
+    product = f"parallel.tensor x pipeline x context = {parallel.tensor} x {parallel.pipeline} x {parallel.context}"
+    if world % parallel.model_size:
+        raise ConfigError(f"{product}: must divide the number of processes ({world})")
+    data = world // parallel.model_size
+    if parallel.data not in (None, data):
+        raise ConfigError(
+            f"parallel.data = {parallel.data}: {world} processes / ({product}) make {data}; "
+            "set it to that or to null, or start another number of processes"
+        )
+    return data

@@ -81,17 +81,17 @@ class Run:
         )
         tokenizer = stream.tokenizer
         method = methods.load(config, tokenizer.mask)
-        model = optim.wrap(config, gpt.build(config, tokenizer.vocab_size))
-        optimizer = optim.build_optimizer(config, model)
-        state = TrainState(model, optimizer, optim.build_scheduler(config, optimizer), Progress())
+        chunks = optim.wrap(config, gpt.build(config, tokenizer.vocab_size))
+        optimizer = optim.build_optimizer(config, chunks)
+        state = TrainState(chunks, optimizer, optim.build_scheduler(config, optimizer), Progress())
         checkpoints = CheckpointStore(Path(config.run_dir) / "checkpoints", config.checkpoint.keep_last)
         newest = checkpoints.newest()
         if newest is not None:
             resume(newest, config, stream, state)
         token_bytes = torch.as_tensor(tokenizer.token_bytes).to(device.device())
-        task = Task(config, mesh, method, model, token_bytes)
+        task = Task(config, mesh, method, chunks, token_bytes)
         log = MetricsLog(config, mesh.is_main, state.progress.step)
-        log.say(_describe(config, mesh, model, newest, state.progress))
+        log.say(_describe(config, mesh, chunks, newest, state.progress))
         return cls(task, state, stream, held_out, checkpoints, log, state.progress.step, lock)
 
     def is_due(self, interval: int) -> bool:
@@ -216,10 +216,14 @@ def resume(path: Path, config: Config, stream: Stream, state: TrainState) -> Non
                     f"{section}.{name} = {now}: the checkpoint {path} was made with {was}; "
                     "set it back, or set another run_dir to start anew"
                 )
-    same_tensor_size = saved.parallel.tensor == config.parallel.tensor
-    checkpoint_state.restore(state, store.load(path, checkpoint_state.template(state, same_tensor_size)))
+    same_layout = _layout(saved) == _layout(config)
+    checkpoint_state.restore(state, store.load(path, checkpoint_state.template(state, same_layout)))
     optim.apply_settings(config, state.optimizer)
     state.scheduler.step(0)
+
+
+def _layout(config: Config) -> tuple[int, int]:
+    return config.parallel.pipeline, config.parallel.tensor
 
 
 # Settings that a resume must not change: the shape of the weights and the meaning of the global sample index.
@@ -245,8 +249,10 @@ _FIXED = {
 }
 
 
-def _describe(config: Config, mesh: Mesh, model, newest: Path | None, progress: Progress) -> str:
-    parameters = sum(p.numel() for p in model.module.parameters())
+def _describe(config: Config, mesh: Mesh, chunks: list, newest: Path | None, progress: Progress) -> str:
+    parameters = sum(p.numel() for chunk in chunks for p in chunk.parameters())
     start = f"resumed from {newest}, step {progress.step}" if newest else "from scratch"
-    where = f"{mesh.world_size} process(es) on {device.device().type}, data parallel {mesh.data_size}"
+    sizes = {name: getattr(mesh, name).size() for name in ("tensor", "pipeline", "context", "data")}
+    layout = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1 or name == "data")
+    where = f"{mesh.world_size} process(es) on {device.device().type}, {layout}"
     return f"{config.method} | {parameters / 1e6:.2f}M parameters per rank | {where} | {start}"

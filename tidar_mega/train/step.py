@@ -5,6 +5,7 @@ Shape suffixes: B sequences, T rows, N weighted rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -20,6 +21,7 @@ from tidar_mega.data.stream import Stream
 from tidar_mega.losses import RowLosses, cross_entropy
 from tidar_mega.methods import Method
 from tidar_mega.model.attention import TrainingAttention, choose_backend
+from tidar_mega.parallel.context import Part, restore, split, whole
 from tidar_mega.parallel.mesh import Mesh
 from tidar_mega.rows import PADDING, Rows, concatenate, visible_pairs
 
@@ -28,27 +30,29 @@ Sums = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Task:
-    """What every step needs and none changes."""
+    """What every step needs and none changes. `chunks` is this rank's part of the model."""
 
     config: Config
     mesh: Mesh
     method: Method
-    model: DistributedDataParallel
+    chunks: list[DistributedDataParallel]
     token_bytes: Tensor  # utf-8 bytes of each id, for nats per byte
 
 
 def micro_batches(task: Task, stream: Stream, first: int, count: int) -> Iterator[Rows]:
-    """This rank's rows of the global samples first..first+count-1, in micro-batches of at most micro_batch_size.
+    """This replica's rows of the global samples first..first+count-1, in micro-batches of micro_batch_size sequences.
 
-    Samples go round the data-parallel ranks in turn, so the batch does not depend on their number.
+    Samples go round the replicas in turn, so the batch does not depend on their number. Where they do not fill the
+    last micro-batch (held-out sequences), sequences without weight do: all forwards of a run have one shape.
     """
-    mine = range(first + task.mesh.data_rank, first + count, task.mesh.data_size)
-    size = task.config.train.micro_batch_size
-    if not mine:  # fewer held-out sequences than ranks: this one takes part in the sums with nothing
-        idle = _rows(task, stream, [first])
-        yield replace(idle, weight=torch.zeros_like(idle.weight))
-    for i in range(0, len(mine), size):
-        yield _rows(task, stream, list(mine[i : i + size]))
+    parallel, size = task.config.parallel, task.config.train.micro_batch_size
+    mine = list(range(first + task.mesh.data_rank, first + count, task.mesh.data_size))
+    unit = size * (parallel.pipeline if parallel.virtual_pipeline > 1 else 1)  # what the interleaved schedule takes
+    for i in range(0, max(1, math.ceil(len(mine) / unit)) * unit, size):
+        samples = mine[i : i + size]
+        rows = _rows(task, stream, samples + [first] * (size - len(samples)))
+        rows.weight[len(samples) :] = 0
+        yield rows
 
 
 def _rows(task: Task, stream: Stream, samples: list[int]) -> Rows:
@@ -76,57 +80,90 @@ def normalise(task: Task, batch: list[Rows]) -> list[Rows]:
     return scaled
 
 
-def forward(task: Task, model, rows: Rows) -> RowLosses:
-    """Losses of every weighted row of one micro-batch."""
-    backend = choose_backend(task.config.model.attention, rows.token.device, model_dtype(task.config))
-    hidden_TBD = model(rows=rows, context=TrainingAttention(rows, backend))
-    head = task.model.module.head_weight
-    return cross_entropy(hidden_TBD, head, rows, task.mesh.tensor, task.config.train.loss_chunk)
-
-
-def model_dtype(config: Config) -> torch.dtype:
-    return device.DTYPES[config.precision.dtype]
-
-
 @torch.no_grad()
 def validate(task: Task, stream: Stream, sequences: int) -> dict[str, float]:
     """Mean loss of each term in nats and, for the AR rows, nats per byte, over at most `sequences` held-out ones."""
     count = min(sequences, stream.samples_per_epoch)
-    task.model.eval()
-    sums: Sums = {}
-    for rows in micro_batches(task, stream, 0, count):
-        rows = rows.to(device.device())
-        _add(sums, _statistics(task, rows, forward(task, task.model.module, rows)))
-    task.model.train()
-    return summarise(task, _over_ranks(task, sums))
+    for chunk in task.chunks:
+        chunk.eval()
+    sums = _run_schedule(task, list(micro_batches(task, stream, 0, count)), forward_only=True)
+    for chunk in task.chunks:
+        chunk.train()
+    return summarise(task, sums)
 
 
 def accumulate_gradients(task: Task, batch: list[Rows]) -> Sums:
-    """Forward and backward of a step's micro-batches through megatron's schedule. Returns sums over all ranks."""
-    task.model.zero_grad_buffer()
+    """Forward and backward of a step's micro-batches. Returns sums over all ranks."""
+    for chunk in task.chunks:
+        chunk.zero_grad_buffer()
+    return _run_schedule(task, normalise(task, batch), forward_only=False)
+
+
+def _run_schedule(task: Task, batch: list[Rows], forward_only: bool) -> Sums:
+    """Takes the micro-batches through megatron's schedule of the layout. Returns sums over all ranks, on every rank."""
     sums: Sums = {}
 
-    def forward_step(iterator: Iterator[Rows], model):
-        rows = next(iterator).to(device.device())
-        losses = forward(task, model, rows)
+    def forward_step(iterator: Iterator[tuple[Rows, Part]], chunk: DistributedDataParallel):
+        rows, part = next(iterator)
+        part = part.to(device.device())
+        hidden_TBD = chunk(rows=part.rows, context=TrainingAttention(part, _backend(task)))
+        if not chunk.module.post_process:
+            return hidden_TBD, None
+        head_VD, chunk_rows = _head_weight(chunk), task.config.train.loss_chunk
+        losses = cross_entropy(hidden_TBD, head_VD, part.rows, task.mesh.tensor, chunk_rows)
 
         def loss_function(_):
-            _add(sums, _statistics(task, rows, losses))
+            _add(sums, _statistics(task, *_whole(task, losses, rows, part)))
             # no tokens to divide by: the weights already hold the global denominators
             return losses.total, torch.zeros((), dtype=torch.int, device=losses.total.device), {}
 
         return losses.total, loss_function
 
+    work = [(rows, _part(task, rows)) for rows in batch]
+    is_single = len(task.chunks) == 1
     get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(normalise(task, batch)),
-        model=task.model,
-        num_microbatches=len(batch),
-        seq_length=batch[0].shape[1],
-        micro_batch_size=batch[0].shape[0],
-        forward_only=False,
+        data_iterator=iter(work) if is_single else [iter(work) for _ in task.chunks],
+        model=task.chunks[0] if is_single else task.chunks,
+        num_microbatches=len(work),
+        seq_length=work[0][1].rows.shape[1] * task.mesh.context.size(),
+        micro_batch_size=work[0][1].rows.shape[0],
+        forward_only=forward_only,
     )
-    return _over_ranks(task, sums)
+    return task.mesh.from_head(_over_replicas(task, sums) if task.mesh.has_head else None)
+
+
+def _part(task: Task, rows: Rows) -> Part:
+    """The rows that this rank of the context group computes."""
+    if task.mesh.context.size() == 1:
+        return whole(rows)
+    tensor = task.mesh.tensor.size() if task.config.parallel.sequence else 1
+    return split(rows, task.mesh.context, block=task.config.train.block, multiple=tensor)
+
+
+def _whole(task: Task, losses: RowLosses, rows: Rows, part: Part) -> tuple[Rows, RowLosses]:
+    """Collective over the context group. All its rows, and their losses without the gradient, on the device."""
+    if task.mesh.context.size() == 1:
+        return part.rows, losses
+    rows = rows.to(device.device())
+    values = []
+    for value_N in (losses.loss, losses.prediction):
+        value_BT = value_N.new_zeros(part.rows.shape)
+        value_BT[losses.index] = value_N
+        values.append(restore(value_BT, part, rows.shape[1]))
+    index = rows.weight.nonzero(as_tuple=True)
+    return rows, RowLosses(losses.total.detach(), values[0][index], values[1][index], index)
+
+
+def _head_weight(chunk: DistributedDataParallel) -> Tensor:
+    weight = chunk.module.head_weight
+    if chunk.ddp_config.overlap_param_gather:  # megatron waits in the layer's own call, which the loss goes around
+        chunk.param_to_bucket_group[weight].finish_param_sync(chunk.ddp_config.align_param_gather)
+    return weight
+
+
+def _backend(task: Task) -> str:
+    return choose_backend(task.config.model.attention, device.device(), device.DTYPES[task.config.precision.dtype])
 
 
 def _statistics(task: Task, rows: Rows, losses: RowLosses) -> Sums:
@@ -151,7 +188,7 @@ def _add(sums: Sums, more: Sums) -> None:
         sums[name] = sums[name] + value if name in sums else value.detach()
 
 
-def _over_ranks(task: Task, sums: Sums) -> Sums:
+def _over_replicas(task: Task, sums: Sums) -> Sums:
     flat = torch.cat([v.double().reshape(-1) for v in sums.values()])
     dist.all_reduce(flat, group=task.mesh.data)
     pieces = flat.cpu().split([v.numel() for v in sums.values()])

@@ -1,0 +1,170 @@
+"""Context parallelism: each rank of a group holds a part of every sequence's rows and attends for them alone.
+
+A rank's queries look at clean keys of all ranks and at mask keys of their own group. Groups of mask rows live on one
+rank, so only clean keys and values travel: half of what context parallelism over the doubled sequence would send. Which
+rank holds what is computed by every rank alone, from the whole rows (`balance.py`), and may differ between sequences.
+
+Shape suffixes: B sequences, T rows of the whole sequence (S clean rows, then mask rows), L rows of a rank (C clean
+ones, then mask rows, then padding), K keys of a rank, R ranks, G key heads, E head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tidar_mega.parallel.balance import assign, mask_slots
+from tidar_mega.rows import PADDING, Rows, concatenate
+
+EMPTY = -1  # the place of a padding row that fills a rank up
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one rank of a context group holds of the whole rows.
+
+    rows    Rows [B, L]: clean rows and mask rows, both in the order of the whole rows, then padding
+    keys    Rows [B, K], what they may look at: all S clean rows in order, then the mask rows (and padding) of `rows`
+    places  int64 [R, B, L], the place of every rank's rows in the whole rows, EMPTY for padding
+    clean   C, the number of clean rows of each rank
+    group   the context group; None where one process holds everything, and then `keys` is `rows`
+    """
+
+    rows: Rows
+    keys: Rows
+    places: Tensor
+    clean: int
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.group is None else self.group.rank()
+
+    @property
+    def index(self) -> Tensor:
+        """int64 [B, L]: the place of this rank's rows in the whole rows, EMPTY for padding."""
+        return self.places[self.rank]
+
+    def to(self, device: torch.device | str) -> Part:
+        rows = self.rows.to(device)
+        keys = rows if self.keys is self.rows else self.keys.to(device)
+        return replace(self, rows=rows, keys=keys, places=self.places.to(device, non_blocking=True))
+
+
+def whole(rows: Rows) -> Part:
+    """All rows on one process."""
+    places = torch.arange(rows.shape[1], device=rows.token.device).expand(1, *rows.shape)
+    return Part(rows, rows, places, clean=rows.shape[1])
+
+
+def split(rows: Rows, group: dist.ProcessGroup | None, block: int, multiple: int = 1) -> Part:
+    """This rank's part of the whole rows, which all ranks of the group must hold alike. No communication.
+
+    Args:
+        rows: [B, T] on the CPU, the clean rows of every sequence in front and their number a multiple of the group's
+            size; mask rows of one document and group are one unit of at most `block` rows.
+        multiple: the number of rows of a part is a multiple of it.
+
+    The number of rows of a part depends on nothing but T, S, the group's size, `block` and `multiple`: all ranks and
+    all micro-batches of a run have parts of one shape. Padding among the mask rows of `rows` is left out.
+    """
+    if group is None or group.size() == 1:
+        return whole(rows)
+    ranks, clean = group.size(), int(rows.is_clean[0].sum())
+    assert rows.is_clean[:, :clean].all() and not rows.is_clean[:, clean:].any(), "clean rows come first"
+    slots = mask_slots(clean, rows.shape[1] - clean, ranks, block, multiple)
+    places = deal(rows, clean, ranks, slots)
+    mine = _take(rows, places[group.rank()])
+    keys = concatenate([rows.slice(0, clean), mine.slice(clean // ranks, clean // ranks + slots)], dim=1)
+    return Part(mine, keys, places, clean // ranks, group)
+
+
+def deal(rows: Rows, clean: int, ranks: int, slots: int) -> Tensor:
+    """The place of every rank's rows in the whole rows, int64 [R, B, clean / ranks + slots], EMPTY for padding."""
+    places_RBL = np.full((ranks, rows.shape[0], clean // ranks + slots), EMPTY)
+    fields = [x.numpy() for x in (rows.document, rows.position, rows.horizon, rows.group)]
+    for b, fields_T in enumerate(zip(*fields, strict=True)):
+        rank_T = assign(*fields_T, clean, ranks, slots)
+        for rank in range(ranks):
+            mine = np.flatnonzero(rank_T == rank)  # in order, so that runs of neighbours stay together
+            places_RBL[rank, b, : len(mine)] = mine
+    return torch.from_numpy(places_RBL)
+
+
+def _take(rows: Rows, places_BL: Tensor) -> Rows:
+    """The rows at these places; an EMPTY one becomes padding that sees nothing but other padding."""
+    is_empty = places_BL == EMPTY
+    taken = rows.take(places_BL.clamp(min=0)).map(lambda x_BL: x_BL.masked_fill(is_empty, 0))
+    document = taken.document.masked_fill(is_empty, PADDING)
+    group = taken.group.masked_fill(is_empty, int(rows.group.max()) + 1)
+    return replace(taken, document=document, group=group)
+
+
+def gather_keys(k_TBGE: Tensor, v_TBGE: Tensor, part: Part) -> tuple[Tensor, Tensor]:
+    """Keys and values of `part.keys`, [K, B, G, E] each, from those of `part.rows`, [L, B, G, E]; differentiable.
+
+    Collective over the context group: one all-gather of the clean rows' keys and values. The backward sends each rank
+    the gradients of its clean rows in their own type and adds them up in float32 in the order of the ranks, so that
+    bfloat16 costs no more bytes than a reduce-scatter, is rounded once and not at every rank, and is repeatable.
+    """
+    if part.group is None:
+        return k_TBGE, v_TBGE
+    return _GatherKeys.apply(k_TBGE, v_TBGE, part)
+
+
+class _GatherKeys(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, k_LBGE: Tensor, v_LBGE: Tensor, part: Part) -> tuple[Tensor, Tensor]:
+        ctx.part, C = part, part.clean
+        mine_2CBGE = torch.stack([k_LBGE[:C], v_LBGE[:C]])
+        all_R2CBGE = mine_2CBGE.new_empty(len(part.places), *mine_2CBGE.shape)
+        dist.all_gather_into_tensor(all_R2CBGE.flatten(0, 1), mine_2CBGE, group=part.group)
+        at, S = _clean_places(part), C * len(part.places)
+        keys = []
+        for i, x_LBGE in enumerate((k_LBGE, v_LBGE)):
+            out_KBGE = x_LBGE.new_empty(part.keys.shape[1], *x_LBGE.shape[1:])
+            out_KBGE[at] = all_R2CBGE[:, i]
+            out_KBGE[S:] = x_LBGE[C:]
+            keys.append(out_KBGE)
+        return tuple(keys)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dk_KBGE: Tensor, dv_KBGE: Tensor):
+        part, C = ctx.part, ctx.part.clean
+        at, S = _clean_places(part), C * len(part.places)
+        for_all_R2CBGE = torch.stack([dk_KBGE[at], dv_KBGE[at]], dim=1)
+        from_all_R2CBGE = torch.empty_like(for_all_R2CBGE)
+        dist.all_to_all_single(from_all_R2CBGE, for_all_R2CBGE, group=part.group)
+        wide = torch.promote_types(dk_KBGE.dtype, torch.float32)
+        mine_2CBGE = from_all_R2CBGE.sum(dim=0, dtype=wide).to(dk_KBGE.dtype)
+        dk_LBGE = torch.cat([mine_2CBGE[0], dk_KBGE[S:]])
+        dv_LBGE = torch.cat([mine_2CBGE[1], dv_KBGE[S:]])
+        return dk_LBGE, dv_LBGE, None
+
+
+def _clean_places(part: Part) -> tuple[Tensor, Tensor]:
+    """Where the gathered clean rows [R, C, B] belong among the keys [K, B], as an index."""
+    place_RCB = part.places[:, :, : part.clean].transpose(1, 2)
+    return place_RCB, torch.arange(part.places.shape[1], device=part.places.device)
+
+
+@torch.no_grad()
+def restore(x_BL: Tensor, part: Part, total: int, fill: float = 0) -> Tensor:
+    """Values of this rank's rows, [B, L] -> those of all `total` whole rows on every rank, [B, T]. Collective.
+
+    `fill` stands where no rank holds the row: the whole rows' own padding among mask rows. No gradient flows.
+    """
+    if part.group is None:
+        return x_BL
+    all_RBL = x_BL.new_empty(len(part.places), *x_BL.shape)
+    dist.all_gather_into_tensor(all_RBL.flatten(0, 1), x_BL.contiguous(), group=part.group)
+    place_RBL = part.places.where(part.places != EMPTY, total)  # padding goes behind the end
+    whole_BT = x_BL.new_full((x_BL.shape[0], total + 1), fill)
+    whole_BT[torch.arange(x_BL.shape[0], device=x_BL.device)[:, None], place_RBL] = all_RBL
+    return whole_BT[:, :total]

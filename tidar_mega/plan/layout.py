@@ -1,0 +1,108 @@
+"""A config cut up over a number of GPUs: what one rank holds of layers, heads, rows and sequences.
+
+Megatron numbers its ranks with the tensor group fastest, then context, data and pipeline (megatron-core's default
+order tp-cp-ep-dp-pp): that decides which groups stay inside a node.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from tidar_mega.config import Config, ConfigError, check_batch
+from tidar_mega.plan.parameters import padded_vocab_size, stage_parameters
+from tidar_mega.plan.work import drafted_rows
+
+
+@dataclass(frozen=True)
+class Layout:
+    """`vocab` is the padded vocabulary, `data` the number of replicas."""
+
+    config: Config
+    vocab: int
+    data: int
+
+    @cached_property
+    def gpus(self) -> int:
+        return self.config.parallel.model_size * self.data
+
+    @cached_property
+    def micro_batches(self) -> int:
+        """Micro-batches of one replica in a step."""
+        return self.config.train.global_batch_size // (self.config.train.micro_batch_size * self.data)
+
+    @cached_property
+    def shards(self) -> int:
+        """Ranks that hold the same weights, and that the distributed optimizer divides its state over."""
+        return self.data * self.config.parallel.context
+
+    @cached_property
+    def stage_layers(self) -> int:
+        return self.config.model.num_layers // self.config.parallel.pipeline
+
+    @cached_property
+    def chunk_layers(self) -> int:
+        """Layers of one visit of a micro-batch to a stage."""
+        return self.stage_layers // self.config.parallel.virtual_pipeline
+
+    @cached_property
+    def rows(self) -> int:
+        """Rows of one sequence on one rank, before sequence parallelism: the clean and mask rows, or its part of them.
+
+        A context-parallel rank's mask rows are filled up to a fixed number of slots (`parallel/balance.py`).
+        """
+        length, drafted, p = self.config.data.seq_length, drafted_rows(self.config), self.config.parallel
+        if p.context == 1:
+            return length + drafted
+        from tidar_mega.parallel.balance import mask_slots
+
+        multiple = p.tensor if p.sequence else 1
+        return length // p.context + mask_slots(length, drafted, p.context, self.config.train.block, multiple)
+
+    @cached_property
+    def keys(self) -> int:
+        """Rows whose keys a rank attends to: with context parallelism all clean rows, and its own mask rows."""
+        length, context = self.config.data.seq_length, self.config.parallel.context
+        return self.rows if context == 1 else length + self.rows - length // context
+
+    @cached_property
+    def batch_rows(self) -> int:
+        """Rows of one micro-batch on one rank."""
+        return self.rows * self.config.train.micro_batch_size
+
+    @cached_property
+    def residual_split(self) -> int:
+        """Over how many ranks norms and residuals are split (Korthikanti et al. 2022, section 4.2.2)."""
+        return self.config.parallel.tensor if self.config.parallel.sequence else 1
+
+    @cached_property
+    def step_tokens(self) -> int:
+        """Tokens of text that a step trains on."""
+        return self.config.train.global_batch_size * self.config.data.seq_length
+
+    def parameters(self, stage: int) -> int:
+        """Weights of one rank of a pipeline stage."""
+        return stage_parameters(self.config, self.vocab, stage)
+
+    def describe(self) -> str:
+        p = self.config.parallel
+        names = {"tensor": p.tensor, "pipeline": p.pipeline, "context": p.context, "data": self.data}
+        return " x ".join(f"{name} {size}" for name, size in names.items())
+
+
+def make_layout(config: Config, vocab_size: int, gpus: int) -> Layout:
+    """The layout of `config` on `gpus` GPUs. Raises ConfigError."""
+    p, size = config.parallel, config.parallel.model_size
+    product = f"parallel.tensor x pipeline x context = {p.tensor} x {p.pipeline} x {p.context}"
+    if gpus % size:
+        raise ConfigError(
+            f"{product}: must divide --gpus ({gpus}); lower one of them, or take a multiple of {size} GPUs"
+        )
+    data = gpus // size
+    if p.data not in (None, data):
+        raise ConfigError(
+            f"parallel.data = {p.data}: {gpus} GPUs / ({product}) make {data}; "
+            "set it to that or to null, or change --gpus"
+        )
+    check_batch(config, data)
+    return Layout(config, padded_vocab_size(config, vocab_size), data)

@@ -1,0 +1,165 @@
+"""Bytes that one rank holds: weights, gradients, optimizer, activations, logits.
+
+Activations after Korthikanti et al. 2022, "Reducing activation recomputation in large transformer models", section 4,
+for the layer that is built here: RMSNorm, grouped-query attention that keeps q, k, v, its output and log-sum-exp but no
+probabilities, SwiGLU that keeps its input, no dropout. Kernels are those of a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tidar_mega.plan.layout import Layout
+from tidar_mega.plan.parameters import layer_parameters
+
+GIB = 2**30
+FLOAT32 = 4  # bytes
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank of a pipeline stage at the worst moment of a step."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float  # kept from forwards for their backwards
+    logits: float  # hidden states, logits and gradients of the head, on the last stage
+    working: float  # what one layer's backward needs beside
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits + self.working
+
+
+def width(layout: Layout) -> int:
+    """Bytes of a weight and of an activation."""
+    return 2 if layout.config.precision.dtype == "bf16" else FLOAT32
+
+
+def fp8_share(layout: Layout) -> float:
+    """Share of the layers whose matrix products run in FP8."""
+    precision, layers = layout.config.precision, layout.config.model.num_layers
+    if precision.fp8 == "none":
+        return 0.0
+    return 1 - (precision.bf16_first_layers + precision.bf16_last_layers) / layers
+
+
+def layer_activations(layout: Layout) -> dict[str, float]:
+    """What a layer keeps of one micro-batch until its backward, in bytes, without any recomputation.
+
+    Norms and residuals are divided by the tensor group with sequence parallelism, all else always. FP8 keeps the inputs
+    of matrix products in one byte.
+    """
+    m, p, rows, b = layout.config.model, layout.config.parallel, layout.batch_rows, width(layout)
+    residual, heads, groups = rows * m.hidden_size / layout.residual_split, m.num_attention_heads, m.num_query_groups
+    query, key = (rows * m.head_width * count / p.tensor for count in (heads, groups))
+    inner, share = rows * m.ffn_hidden_size / p.tensor, fp8_share(layout)
+    linear = b * (1 - share) + share
+    keys = key * layout.keys / layout.rows
+    kept = {
+        "input norm": b * residual + FLOAT32 * rows / layout.residual_split,
+        "qkv input": linear * residual,
+        "RoPE tables": b * 4 * rows * m.head_width,  # cosine and sine, for q and for k
+        "attention q, k, v": b * (query + 2 * keys),
+        "attention output": b * query + FLOAT32 * rows * heads / p.tensor,  # and the log-sum-exp
+        "projection input": linear * query,
+        "MLP norm": b * residual + FLOAT32 * rows / layout.residual_split,
+        "fc1 input": linear * residual,
+        "SwiGLU input": b * 2 * inner,
+        "fc2 input": linear * inner,
+    }
+    if m.qk_layernorm:  # q before its norm is a copy; both norms keep a float for each head
+        kept["q, k norm"] = b * query + FLOAT32 * rows * (heads + groups) / p.tensor
+    if p.context == 1 or m.qk_layernorm:  # v and the k norm's input are views of the product's whole output
+        kept["qkv output"] = b * (query + 2 * key) - (b * keys if p.context == 1 else 0)
+    return kept
+
+
+def kept_per_layer(layout: Layout) -> float:
+    """Bytes of one layer and micro-batch under parallel.recompute, averaged over the layers of a unit."""
+    kept, p = layer_activations(layout), layout.config.parallel
+    if p.recompute == "full":
+        return _layer_input(layout) / min(p.recompute_layers, layout.chunk_layers)
+    if p.recompute == "selective":  # core attention: its inputs stay, and its output is the projection's input
+        kept.pop("attention output")
+    return sum(kept.values())
+
+
+def _layer_input(layout: Layout) -> float:
+    return width(layout) * layout.batch_rows * layout.config.model.hidden_size / layout.residual_split
+
+
+def in_flight(layout: Layout, stage: int) -> int:
+    """Visits of micro-batches to a stage whose backward is still to come, at most.
+
+    1F1B: one for each stage from here on. Interleaved (Narayanan et al. 2021, section 2.2): as Megatron's schedule
+    warms up, 2 (p - stage - 1) + (v - 1) p + 1 visits of 1/v of the layers.
+    """
+    p, visits = layout.config.parallel, layout.micro_batches * layout.config.parallel.virtual_pipeline
+    behind = p.pipeline - stage - 1
+    if p.virtual_pipeline > 1:
+        return min(2 * behind + (p.virtual_pipeline - 1) * p.pipeline + 1, visits)
+    return min(behind + 1, visits)
+
+
+def activation_bytes(layout: Layout, stage: int) -> float:
+    """What the forwards in flight keep; with full recomputation also one unit of layers made again."""
+    p, m = layout.config.parallel, layout.config.model
+    total = in_flight(layout, stage) * layout.chunk_layers * kept_per_layer(layout)
+    if p.recompute == "full":
+        total += min(p.recompute_layers, layout.chunk_layers) * sum(layer_activations(layout).values())
+        total += in_flight(layout, stage) * FLOAT32 * layout.batch_rows * m.head_width  # RoPE angles
+    return total
+
+
+def weight_bytes(layout: Layout, stage: int) -> float:
+    """Transformer Engine keeps two FP8 copies of a weight, as its products on Hopper take one layout only; with
+    precision.fp8_param_gather they replace the bf16 one."""
+    fp8 = fp8_share(layout) * layout.stage_layers * layer_parameters(layout.config) / layout.config.parallel.tensor
+    extra = 2 - (width(layout) if layout.config.precision.fp8_param_gather else 0)
+    return width(layout) * layout.parameters(stage) + extra * fp8
+
+
+def optimizer_bytes(layout: Layout, stage: int) -> float:
+    """Adam's two moments, and master weights where the weights are bf16; the distributed optimizer divides them over
+    all ranks with the same weights (ZeRO stage 1, Rajbhandari et al. 2020)."""
+    p = layout.config.parallel
+    each = 3 * FLOAT32 if width(layout) < FLOAT32 else 2 * FLOAT32
+    shards = layout.shards if p.distributed_optimizer else 1
+    return each * layout.parameters(stage) / shards * (1 - p.optimizer_offload)
+
+
+def head_bytes(layout: Layout) -> float:
+    """The last stage's hidden states and their gradient, twice (whole, and the rows with a loss); logits of one chunk
+    in float32 and their gradient; the head's gradient in float32 (`losses.py`)."""
+    m, p, b = layout.config.model, layout.config.parallel, width(layout)
+    vocab, rows = layout.vocab / p.tensor, layout.batch_rows
+    chunk = min(layout.config.train.loss_chunk, rows)
+    return 4 * b * rows * m.hidden_size + (FLOAT32 + b) * chunk * vocab + (FLOAT32 + b) * vocab * m.hidden_size
+
+
+def working_bytes(layout: Layout) -> float:
+    """Gradients inside the MLP of one layer, its gathered input, and a weight gradient before it is added up."""
+    m, p = layout.config.model, layout.config.parallel
+    inner, rows = m.ffn_hidden_size / p.tensor, layout.batch_rows
+    return width(layout) * (rows * (3 * inner + 2 * m.hidden_size) + 2 * inner * m.hidden_size)
+
+
+def stage_memory(layout: Layout, stage: int) -> Memory:
+    parameters, is_last = layout.parameters(stage), stage == layout.config.parallel.pipeline - 1
+    return Memory(
+        weights=weight_bytes(layout, stage),
+        gradients=FLOAT32 * parameters,
+        optimizer=optimizer_bytes(layout, stage),
+        activations=activation_bytes(layout, stage),
+        logits=head_bytes(layout) if is_last else 0.0,
+        working=working_bytes(layout),
+    )
+
+
+def fullest_stage(layout: Layout) -> tuple[int, Memory]:
+    """The stage with the most bytes. Only the first (most micro-batches in flight, embedding) and the last (head) can
+    be it."""
+    ends = {0, layout.config.parallel.pipeline - 1}
+    return max(((stage, stage_memory(layout, stage)) for stage in sorted(ends)), key=lambda pair: pair[1].total)

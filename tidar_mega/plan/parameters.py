@@ -1,0 +1,58 @@
+"""Counts of weights, of the whole model and of one rank."""
+
+from __future__ import annotations
+
+from tidar_mega.config import Config
+
+
+def layer_parameters(config: Config) -> int:
+    """Weights of one transformer layer that are multiplied with every row."""
+    m = config.model
+    attention = m.hidden_size * m.head_width * (2 * m.num_attention_heads + 2 * m.num_query_groups)
+    return attention + 3 * m.hidden_size * m.ffn_hidden_size
+
+
+def head_parameters(config: Config, vocab_size: int) -> int:
+    return config.model.hidden_size * vocab_size
+
+
+def padded_vocab_size(config: Config, vocab_size: int) -> int:
+    """Rows of the embedding and the head: `vocab_size` rounded up to model.vocab_multiple."""
+    return -(-vocab_size // config.model.vocab_multiple) * config.model.vocab_multiple
+
+
+def norm_parameters(config: Config) -> int:
+    """Weights of a layer that every tensor-parallel rank holds whole: two norms, and those of q and k."""
+    m = config.model
+    return 2 * m.hidden_size + (2 * m.head_width if m.qk_layernorm else 0)
+
+
+def bias_parameters(config: Config) -> int:
+    m = config.model
+    return m.head_width * (m.num_attention_heads + 2 * m.num_query_groups) if m.add_qkv_bias else 0
+
+
+def total_parameters(config: Config, vocab: int) -> int:
+    """All weights of the model, tied ones once. `vocab` is the padded size."""
+    layer = layer_parameters(config) + norm_parameters(config) + bias_parameters(config)
+    tables = 1 if config.model.tie_embeddings else 2
+    return config.model.num_layers * layer + config.model.hidden_size + tables * head_parameters(config, vocab)
+
+
+def stage_parameters(config: Config, vocab: int, stage: int) -> int:
+    """Weights that one rank of a pipeline stage holds.
+
+    Tensor parallelism divides matrices and their biases, not norms. Tied weights are one table on a single stage, and
+    a copy each on the first and the last stage otherwise (Megatron keeps them equal by summing their gradients).
+    """
+    m, p = config.model, config.parallel
+    split = layer_parameters(config) + bias_parameters(config)
+    total = m.num_layers // p.pipeline * (split // p.tensor + norm_parameters(config))
+    table = head_parameters(config, vocab) // p.tensor
+    is_first, is_last = stage == 0, stage == p.pipeline - 1
+    if is_first:
+        total += table
+    if is_last:
+        is_same_table = is_first and m.tie_embeddings
+        total += m.hidden_size + (0 if is_same_table else table)
+    return total

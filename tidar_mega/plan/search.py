@@ -1,0 +1,134 @@
+"""All layouts of a number of GPUs: which are allowed, which fit, and which is predicted to be the fastest."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from tidar_mega import config as config_module
+from tidar_mega.config import Config, ConfigError
+from tidar_mega.plan.hardware import Hardware
+from tidar_mega.plan.imbalance import whole_sequence
+from tidar_mega.plan.layout import Layout
+from tidar_mega.plan.memory import Memory, fullest_stage
+from tidar_mega.plan.parameters import padded_vocab_size
+from tidar_mega.plan.timing import Timing, predict
+
+MICRO_BATCHES = (1, 2, 4, 8, 16)
+RECOMPUTE = ("none", "selective", "full")  # the cheapest that fits is taken
+MEMORY = "memory"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    layout: Layout
+    memory: Memory
+    timing: Timing
+
+
+@dataclass
+class Found:
+    """`best` first by tokens per second. `refused`: how many layouts each setting rules out; `MEMORY`: those that even
+    full recomputation does not fit. `nearest` is the one of these that needs the least."""
+
+    best: list[Candidate] = field(default_factory=list)
+    refused: Counter = field(default_factory=Counter)
+    reasons: dict[str, str] = field(default_factory=dict)
+    nearest: tuple[Layout, Memory] | None = None
+
+    def refuse(self, error: ConfigError) -> None:
+        key = str(error).split(" = ")[0]
+        self.refused[key] += 1
+        self.reasons.setdefault(key, str(error))
+
+    def too_large(self, layout: Layout, memory: Memory) -> None:
+        self.refused[MEMORY] += 1
+        if self.nearest is None or memory.total < self.nearest[1].total:
+            self.nearest = (layout, memory)
+
+
+def search(config: Config, vocab_size: int, gpus: int, hardware: Hardware) -> Found:
+    """Tries tensor (inside a node), pipeline, virtual pipeline, context, micro-batch and recompute for `config`."""
+    found, vocab = Found(), padded_vocab_size(config, vocab_size)
+    for shape in _shapes(config, gpus, int(hardware.gpus_per_node), found):
+        data = gpus // shape.parallel.model_size
+        for size in MICRO_BATCHES:
+            candidate = replace(shape, train=replace(shape.train, micro_batch_size=size))
+            try:
+                config_module.check_batch(candidate, data)
+            except ConfigError as error:
+                found.refuse(error)
+                continue
+            _consider(candidate, vocab, data, hardware, found)
+    found.best.sort(key=lambda c: -c.timing.tokens_per_second)
+    return found
+
+
+def _shapes(config: Config, gpus: int, node: int, found: Found) -> Iterator[Config]:
+    """Allowed combinations of tensor, pipeline, virtual pipeline and context; parallel.data is what is left."""
+    for tensor in _powers(min(gpus, node)):
+        for pipeline in _divisors(gpus // tensor):
+            for virtual in _virtual(config.model.num_layers, pipeline):
+                for context in _divisors(gpus // tensor // pipeline):
+                    parallel = replace(
+                        config.parallel,
+                        tensor=tensor,
+                        sequence=tensor > 1,
+                        pipeline=pipeline,
+                        virtual_pipeline=virtual,
+                        context=context,
+                        data=None,
+                        recompute="none",
+                    )
+                    candidate = replace(config, parallel=parallel)
+                    try:
+                        config_module.check(candidate)
+                    except ConfigError as error:
+                        found.refuse(error)
+                        continue
+                    yield candidate
+
+
+def _consider(config: Config, vocab: int, data: int, hardware: Hardware, found: Found) -> None:
+    for recompute in RECOMPUTE:
+        parallel = replace(config.parallel, recompute=recompute, recompute_layers=1)
+        layout = Layout(replace(config, parallel=parallel), vocab, data)
+        _, memory = fullest_stage(layout)
+        if memory.total <= hardware.usable_bytes:
+            found.best.append(Candidate(layout, memory, predict(layout, hardware, whole_sequence(layout.config))))
+            return
+    found.too_large(layout, memory)
+
+
+def _powers(most: int) -> list[int]:
+    return [1 << i for i in range(most.bit_length()) if 1 << i <= most]
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _virtual(layers: int, pipeline: int) -> list[int]:
+    """Ways to cut a stage's layers into equal chunks."""
+    if pipeline == 1 or layers % pipeline:
+        return [1]
+    return _divisors(layers // pipeline)
+
+
+def overrides(layout: Layout) -> list[str]:
+    """The settings that make this layout, for a command line."""
+    p = layout.config.parallel
+    settings = {
+        "parallel.tensor": p.tensor,
+        "parallel.sequence": str(p.sequence).lower(),
+        "parallel.pipeline": p.pipeline,
+        "parallel.virtual_pipeline": p.virtual_pipeline,
+        "parallel.context": p.context,
+        "parallel.data": layout.data,
+        "parallel.recompute": p.recompute,
+        "train.micro_batch_size": layout.config.train.micro_batch_size,
+    }
+    if p.recompute == "full":
+        settings["parallel.recompute_layers"] = p.recompute_layers
+    return [f"{key}={value}" for key, value in settings.items()]

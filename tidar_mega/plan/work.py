@@ -1,0 +1,87 @@
+"""The work of a step: rows, visible pairs of the true mask, floating point operations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tidar_mega.config import Config
+from tidar_mega.plan.parameters import head_parameters, layer_parameters
+
+ATTENTION_TILE = 128  # FlexAttention computes whole tiles of so many queries and keys (`model/attention.py`)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one sequence that is one document: packed documents see fewer pairs."""
+
+    rows: int
+    pairs: float  # (query, key) pairs that the mask allows
+    tile_pairs: float  # pairs that kernels compute, which skip whole tiles only
+    head_rows: int  # rows with a loss
+
+
+def drafted_rows(config: Config) -> int:
+    """Mask rows of a sequence: whole blocks, the share train.draft_fraction of them."""
+    if config.method == "ar":
+        return 0
+    length, block = config.data.seq_length, config.train.block
+    return max(1, round(config.train.draft_fraction * length / block)) * block
+
+
+def sequence_work(config: Config) -> Work:
+    """A clean row sees itself and what is before it; a mask row what is before its block, and its block.
+
+    Pairs: S (S + 1) / 2 for S clean rows; M (S + B) / 2 for M mask rows in blocks of B (TiDAR, arXiv 2511.08923,
+    section 3.1), the mean over which blocks are drafted.
+    """
+    length, block, drafted = config.data.seq_length, config.train.block, drafted_rows(config)
+    tile = min(ATTENTION_TILE, length)
+    below, own = (length + drafted) * (length + tile) / 2, drafted * max(tile, block)
+    return Work(
+        rows=length + drafted,
+        pairs=length * (length + 1) / 2 + drafted * (length + block) / 2,
+        tile_pairs=below + own,
+        head_rows=length + drafted,
+    )
+
+
+def attention_flops(config: Config, pairs: float) -> float:
+    """Forward of one layer: scores and weighted sum, two operations per multiply-add."""
+    return 4.0 * config.model.num_attention_heads * config.model.head_width * pairs
+
+
+def training_flops(config: Config, vocab_size: int, rows: float, pairs: float, head_rows: float) -> float:
+    """Forward and backward of `rows` rows, `pairs` visible (query, key) pairs and `head_rows` rows with a loss.
+
+    Counts two operations per multiply-add, the backward as twice the forward, and no recomputation.
+    """
+    m = config.model
+    dense = 2 * layer_parameters(config) * m.num_layers * rows
+    attention = attention_flops(config, pairs) * m.num_layers
+    head = 2 * head_parameters(config, vocab_size) * head_rows
+    return 3.0 * (dense + attention + head)
+
+
+def model_flops(config: Config, vocab: int) -> float:
+    """Of a whole step, as the model needs them: the numerator of the model FLOP utilisation."""
+    work, count = sequence_work(config), config.train.global_batch_size
+    return training_flops(config, vocab, work.rows * count, work.pairs * count, work.head_rows * count)
+
+
+def hardware_flops(config: Config, vocab: int) -> float:
+    """Of a whole step, as the GPUs do them: with whole tiles of attention, its scores made twice and recomputation.
+
+    Flash-style kernels make the scores again in the backward: five products instead of four (FlashAttention-2, arXiv
+    2307.08691, section 3.1).
+    """
+    work, m, count = sequence_work(config), config.model, config.train.global_batch_size
+    dense = 2 * layer_parameters(config) * work.rows * m.num_layers
+    attention = attention_flops(config, work.tile_pairs) * m.num_layers
+    head = 2 * head_parameters(config, vocab) * work.head_rows
+    again_dense, again_attention = recomputed(config)
+    return count * ((3 + again_dense) * dense + (3.5 + again_attention) * attention + 3 * head)
+
+
+def recomputed(config: Config) -> tuple[int, int]:
+    """How often the backward repeats a layer's forward, (matrix products, attention)."""
+    return {"none": (0, 0), "selective": (0, 1), "full": (1, 1)}[config.parallel.recompute]
