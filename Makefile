@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test test-gpu lint clean
+.PHONY: quickstart test test-layouts test-gpu lint clean
 
 quickstart: $(READY)
 	$(BIN)/python tools/quickstart.py
 
 test: $(READY) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --durations=10
+
+test-layouts: $(READY)  # the table of every parallel layout against one process; part of `make test`
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_layouts.py
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest tests -m gpu

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "tidar_mega"
 MAY_IMPORT = {
     "config": set(),
     "rows": set(),
-    "plan": {"config"},
+    "plan": {"config", "parallel"},  # of parallel only balance.py, which needs no torch
     "launch": {"config", "plan"},
     "device": {"config"},
     "parallel": {"config", "rows", "device"},
@@ -81,8 +81,12 @@ def test_heavy_packages_stay_in_their_room(path):
 
 
 def test_config_plan_and_launch_need_no_torch():
-    for name in ("config", "plan", "launch"):
-        assert not any(i.split(".")[0] in ("torch", "megatron") for i in imports(PACKAGE / f"{name}.py"))
+    plan = [*(PACKAGE / "plan").glob("*.py"), PACKAGE / "parallel" / "balance.py"]
+    for path in [PACKAGE / "config.py", PACKAGE / "launch.py", *plan]:
+        assert not any(i.split(".")[0] in ("torch", "megatron") for i in imports(path))
+    for path in plan:
+        ours = {i for i in imports(path) if i.startswith("tidar_mega.parallel.")}
+        assert all(i.startswith("tidar_mega.parallel.balance.") for i in ours)
 
 
 def test_functions_are_short():

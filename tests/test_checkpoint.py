@@ -57,7 +57,10 @@ class Trainer:
         parts = state.sharded(self.state)
         checkpoints = CheckpointStore(folder / "checkpoints", keep_last=2)
         size = state.size_bytes(self.state) if check_size else 0
-        return checkpoints.save(self.mesh, self.state.progress.step, parts, meta, folder / "tokenizer", size)
+        checkpoints.begin(
+            self.mesh, checkpoints.path(self.state.progress.step), parts, meta, folder / "tokenizer", size
+        )
+        return checkpoints.finish(self.mesh, wait=True)
 
     def load(self, path: Path) -> None:
         from tidar_mega.checkpoint import state

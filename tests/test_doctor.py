@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 
+import pytest
 import torch
 
 from tidar_mega import cli, doctor
@@ -15,7 +16,8 @@ def test_a_machine_that_can_run_is_ok_and_says_what_is_slow(capsys, tmp_path):
     status = json.loads((tmp_path / "doctor.json").read_text())
     assert status["torch"] == status["megatron-core"] == status["psutil"] == doctor.OK
     if not torch.cuda.is_available():
-        assert status["device"] == status["transformer-engine"] == doctor.WARN
+        for name in ("device", "NCCL", "transformer-engine", "FP8", "apex"):
+            assert status[name] == doctor.WARN, name
     assert "transformer-engine" in capsys.readouterr().out
 
 
@@ -32,3 +34,33 @@ def test_data_that_is_not_there_is_named(tmp_path):
     assert cli.main(["doctor", "--data", str(folder)]) == 1
     found = doctor.examine(folder)[-1]
     assert found.status == doctor.MISSING and str(folder) in found.found and found.fix
+
+
+def test_recipes_are_those_that_a_run_is_allowed():
+    from tidar_mega.model.precision import RECIPES
+
+    allowed = {name: (r.engine, r.capability, r.below, r.cuda) for name, r in RECIPES.items()}
+    assert allowed == doctor.FP8_RECIPES
+
+
+@pytest.mark.parametrize(
+    ("machine", "status", "found", "fix"),
+    [
+        ((None, None, None), doctor.WARN, "none: ", "CUDA GPU"),
+        ((None, (9, 0), "13.0"), doctor.WARN, "none: ", "pip install"),
+        (("2.9.0", (8, 0), "13.0"), doctor.WARN, "none: ", "8.9"),
+        (("2.9.0", (9, 0), "13.0"), doctor.OK, "delayed, tensorwise, blockwise", ""),
+        (("2.9.0", (9, 0), "12.8"), doctor.OK, "delayed, tensorwise", "blockwise needs CUDA 12.9"),
+        (("2.2", (8, 9), "12.4"), doctor.OK, "delayed, tensorwise", ""),
+        (("2.1", (10, 0), "12.8"), doctor.OK, "delayed, mxfp8", "tensorwise needs Transformer Engine 2.2; blockwise"),
+    ],
+)
+def test_fp8_says_which_recipes_this_gpu_can_do(machine, status, found, fix):
+    finding = doctor.fp8(*machine)
+    assert finding.status == status and found in finding.found and fix in finding.fix
+    assert fix or not finding.fix
+
+
+def test_transformer_engine_without_a_gpu_stops_a_run():
+    assert doctor._engine("2.9.0", cuda=False).status == doctor.MISSING
+    assert doctor._engine("2.9.0", cuda=True) == doctor.Finding("transformer-engine", doctor.OK, "2.9.0")

@@ -1,18 +1,73 @@
-"""What only a GPU can show: NCCL, FlexAttention in a training run, a resume there, and decoding on the device."""
+"""What only a GPU can show: NCCL, FlexAttention in a training run, Transformer Engine's layers and FP8, a resume there,
+memory and speed, and decoding on the device. `make test-gpu` runs it; the figures that it prints are not asserted."""
 
 from __future__ import annotations
 
+import functools
 import json
+import math
+import multiprocessing
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.test_main_job import CONFIG, losses, make_corpus, metrics, tidar
+from tests.test_training_step import MASK, SEQUENCES, VOCAB, Text, settings
+from tidar_mega import config as config_module
+from tidar_mega.config import Config
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU; run `make test-gpu` on one"),
 ]
+
+TIDAR_1_5B = Path(__file__).parent.parent / "configs" / "tidar_1.5b.yaml"
+MIDDLE = {  # big enough to fill a GPU, small enough for any that is used for training
+    "num_layers": 8,
+    "hidden_size": 1024,
+    "ffn_hidden_size": 2816,
+    "num_attention_heads": 16,
+    "num_query_groups": 4,
+}
+
+
+@functools.cache
+def recipes() -> list[str]:
+    """The FP8 recipes of this machine."""
+    from packaging.version import Version
+
+    from tidar_mega.model import precision
+
+    machine = precision.this_machine()
+    if machine.engine is None:
+        return []
+    known = precision.RECIPES.items()
+    return [name for name, r in known if r.runs_on(machine) and Version(machine.engine) >= Version(r.engine)]
+
+
+def need_engine() -> None:
+    from tidar_mega.model import precision
+
+    machine = precision.this_machine()
+    if machine.engine is None:
+        pytest.skip(f"needs Transformer Engine: {machine.why_no_engine}")
+
+
+def alone(function, *args):
+    """`function(*args)` in a process of its own, as a world of one with NCCL: peak memory and settings are its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_in_world, function, args).result(timeout=900)
+
+
+def _in_world(function, args):
+    from tidar_mega import device
+
+    device.start_alone()
+    return function(*args)
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +78,18 @@ def work(tmp_path_factory):
     (folder / "run.yaml").write_text(text)
     tidar(folder, "pretrain", "run.yaml", "run_dir=whole")
     return folder
+
+
+@pytest.fixture
+def say(capsys):
+    """Prints a line of figures, though pytest keeps what else is printed to itself."""
+
+    def line(name: str, figures: dict) -> None:
+        shown = ", ".join(f"{key} {value:,.3f}" for key, value in figures.items() if key != "loss")
+        with capsys.disabled():
+            print(f"\n  {name}: {shown}")
+
+    return line
 
 
 def test_training_on_the_gpu_learns_and_flex_equals_dense(work):
@@ -50,3 +117,181 @@ def test_fused_decoding_on_the_gpu_equals_ar(work):
         tidar(work, "generate", "whole", *arguments)
         texts.append(json.loads((work / f"{mode}.json").read_text())["text"])
     assert texts[0] == texts[1]
+
+
+def test_a_deterministic_run_repeats_bit_by_bit(work, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    for run in ("first", "second"):
+        tidar(work, "pretrain", "run.yaml", f"run_dir={run}", "precision.deterministic=true")
+    assert losses(work, "first") == losses(work, "second")
+
+
+def step_of_layers(config: Config) -> dict:
+    """Loss and the gradient of every weight, by its local name, of one step; weights depend on the seed alone."""
+    from tidar_mega import device, methods
+    from tidar_mega.model import gpt
+    from tidar_mega.parallel.mesh import build_mesh
+    from tidar_mega.train import optim
+    from tidar_mega.train.step import Task, accumulate_gradients, micro_batches, summarise
+
+    mesh = build_mesh(config)
+    chunks = optim.wrap(config, gpt.build(config, VOCAB))
+    token_bytes = torch.ones(VOCAB, device=device.device())
+    task = Task(config, mesh, methods.load(config, MASK), chunks, token_bytes)
+    sums = accumulate_gradients(task, list(micro_batches(task, Text, 0, SEQUENCES)))
+    named = chunks[0].module.named_parameters()
+    gradients = {_local(name): p.main_grad.float().cpu() for name, p in named}
+    return {"loss": summarise(task, sums)["loss"], "gradients": gradients}
+
+
+def _local(name: str) -> str:
+    """The local name of a weight of Transformer Engine's layers."""
+    name = name.replace("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight")
+    return name.replace("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-2), ("bf16", 6e-2)])  # its fp32 products are TF32
+@pytest.mark.parametrize("more", [{}, {"recompute": "full"}, {"gradient_accumulation_fusion": True}])
+def test_transformer_engines_layers_equal_the_local_ones(dtype, tolerance, more):
+    need_engine()
+    sections = {"train": {"micro_batch_size": 2}, "model": {"add_qkv_bias": True, "attention": "dense"}}
+    local = alone(step_of_layers, settings(precision={"dtype": dtype, "layers": "local"}, **sections))
+    engine = alone(step_of_layers, settings(precision={"dtype": dtype, "layers": "te"}, parallel=more, **sections))
+    assert engine["loss"] == pytest.approx(local["loss"], rel=tolerance / 10)
+    assert engine["gradients"].keys() == local["gradients"].keys()
+    for name, expected in local["gradients"].items():
+        error = (engine["gradients"][name] - expected).norm() / expected.norm()
+        assert error < tolerance, f"{name}: {error}"
+
+
+@pytest.mark.parametrize(("first", "then"), [("local", "te"), ("te", "local")])
+def test_each_kind_of_layers_goes_on_from_the_others_checkpoint(work, first, then):
+    need_engine()
+    for run, layers in (("_one_kind", first), ("_both_kinds", then)):
+        run_dir = f"run_dir={first}{run}"
+        tidar(
+            work,
+            "pretrain",
+            "run.yaml",
+            run_dir,
+            "train.steps=8",
+            f"precision.layers={first}",
+            "optimizer.schedule=constant",
+        )
+        tidar(work, "pretrain", "run.yaml", run_dir, f"precision.layers={layers}", "optimizer.schedule=constant")
+    alike, mixed = losses(work, f"{first}_one_kind"), losses(work, f"{first}_both_kinds")
+    assert alike.keys() == mixed.keys()
+    for step, figures in alike.items():
+        assert mixed[step][0] == pytest.approx(figures[0], rel=2e-2)
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
+@pytest.mark.parametrize("gather", [False, True])
+def test_200_steps_in_fp8_learn_what_bf16_learns(work, say, recipe, gather):
+    need_engine()
+    if recipe not in recipes():
+        pytest.skip(f"this GPU, CUDA or Transformer Engine has no {recipe}; it has {recipes()}")
+    if gather and recipe == "mxfp8":
+        pytest.skip("megatron gathers mxfp8 weights in bf16")
+    shape = ["model.hidden_size=256", "model.ffn_hidden_size=512", "model.num_layers=4"]
+    common = [*shape, "train.steps=200", "train.eval_interval=0", "checkpoint.interval=200", "precision.layers=te"]
+    if not (work / "bf16").exists():
+        tidar(work, "pretrain", "run.yaml", "run_dir=bf16", *common)
+    run = f"{recipe}_{gather}"
+    fp8 = [f"precision.fp8={recipe}", f"precision.fp8_param_gather={str(gather).lower()}"]
+    tidar(work, "pretrain", "run.yaml", f"run_dir={run}", *common, *fp8)
+    ends = []
+    for name in ("bf16", run):
+        curve = [line["loss"] for _, line in sorted(metrics(work, name).items())]
+        ends.append(sum(curve[-20:]) / 20)
+        assert ends[-1] < curve[0] - 1
+    say("last 20 of 200 steps", {"bf16": ends[0], run: ends[1]})
+    assert ends[1] == pytest.approx(ends[0], rel=1e-2)
+
+
+def test_an_offloaded_optimizer_trains_alike_and_resumes(work):
+    need_engine()
+    share = "parallel.optimizer_offload=0.5"
+    constant = ("optimizer.schedule=constant", "precision.layers=te")
+    tidar(work, "pretrain", "run.yaml", "run_dir=offload", share, "train.steps=8", *constant)
+    tidar(work, "pretrain", "run.yaml", "run_dir=offload", share, *constant)
+    tidar(work, "pretrain", "run.yaml", "run_dir=on_the_gpu", *constant)
+    for step, figures in losses(work, "on_the_gpu").items():
+        assert losses(work, "offload")[step][0] == pytest.approx(figures[0], rel=2e-2)
+
+
+def training(config: Config, vocab: int, steps: int) -> dict:
+    """Steps on one batch of random text: loss of each, and of the later ones speed, utilisation and peak memory."""
+    from tidar_mega import device, methods, plan
+    from tidar_mega.bench.text import RandomText
+    from tidar_mega.model import gpt
+    from tidar_mega.parallel.mesh import build_mesh
+    from tidar_mega.train import optim
+    from tidar_mega.train.step import Task, accumulate_gradients, micro_batches, summarise
+
+    mesh = build_mesh(config)
+    chunks = optim.wrap(config, gpt.build(config, vocab))
+    optimizer = optim.build_optimizer(config, chunks)
+    scheduler = optim.build_scheduler(config, optimizer)
+    token_bytes = torch.ones(vocab, device=device.device())
+    task = Task(config, mesh, methods.load(config, vocab - 1), chunks, token_bytes)
+    text = RandomText(vocab - 1, config.data.seq_length)
+    curve, seconds = [], []
+    for _ in range(steps):
+        batch = list(micro_batches(task, text, 0, config.train.global_batch_size))
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        sums = accumulate_gradients(task, batch)
+        optim.update(optimizer, config.optimizer.clip_grad)
+        scheduler.step(1)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+        curve.append(summarise(task, sums)["loss"])
+    best = min(seconds[1:])
+    work = (float(sums[f"count.{name}"]) for name in ("rows", "pairs", "head_rows"))
+    flops = plan.training_flops(config, gpt.padded_vocab_size(config, vocab), *work)
+    return {
+        "loss": curve,
+        "tokens_per_second": float(sums["count.tokens"]) / best,
+        "rows_per_second": float(sums["count.rows"]) / best,
+        "model_flop_utilisation": flops / best / device.peak_flops(config.precision.dtype),
+        "memory_gib": device.peak_memory_bytes() / 2**30,
+    }
+
+
+def middle(length: int, **sections) -> Config:
+    train = {"global_batch_size": 2, "micro_batch_size": 2, "steps": 100, "block": 16}
+    tree = {"model": MIDDLE, "data": {"seq_length": length}, "train": train, "optimizer": {"warmup_steps": 1}}
+    return config_module.from_tree(tree | sections)
+
+
+def test_memory_and_speed_against_causal_training_of_as_many_rows(say):
+    ours = alone(training, middle(2048), 32000, 6)
+    causal = alone(training, replace(middle(4096), method="ar"), 32000, 6)
+    say("TiDAR, 2 x 2048 clean tokens", ours)
+    say("causal, 2 x 4096 tokens", causal)
+    ratios = {key: ours[key] / causal[key] for key in ("rows_per_second", "memory_gib")}
+    say("TiDAR / causal", ratios)
+    assert all(math.isfinite(loss) for loss in ours["loss"] + causal["loss"])
+    assert ratios["memory_gib"] < 1.5  # no 2S x 2S mask anywhere: that alone would be 64 MiB a sequence and head
+
+
+def test_recomputation_lowers_memory_on_the_gpu(say):
+    ways = {
+        way: alone(training, middle(2048, parallel={"recompute": way}), 32000, 3)
+        for way in ("none", "selective", "full")
+    }
+    for way, figures in ways.items():
+        say(f"recompute {way}", figures)
+        assert figures["loss"] == pytest.approx(ways["none"]["loss"], rel=1e-3)
+    assert ways["full"]["memory_gib"] < 0.9 * ways["none"]["memory_gib"]
+    assert ways["selective"]["memory_gib"] < 1.02 * ways["none"]["memory_gib"]
+
+
+def test_a_cut_down_1_5b_model_trains_on_one_gpu(say):
+    small = ["model.num_layers=4", "train.global_batch_size=2", "train.micro_batch_size=1", "optimizer.warmup_steps=1"]
+    config = config_module.load(TIDAR_1_5B, [*small, "optimizer.lr=1e-3"])
+    alone_on_one = replace(config, parallel=config_module.ParallelConfig())
+    figures = alone(training, alone_on_one, 32000, 8)
+    say("4 layers of TiDAR 1.5B, 2 x 4096 clean tokens", figures)
+    assert figures["loss"][-1] < figures["loss"][0] - 0.5

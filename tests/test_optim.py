@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
+from megatron.core.optimizer import OptimizerConfig
 
 from tests import processes
 from tests.test_training_step import MASK, SEQUENCES, VOCAB, Text, plain_step, settings
@@ -114,3 +116,79 @@ def test_steps_are_adamws_with_clipping_and_exempt_norms_and_a_nan_changes_nothi
         assert (after[name] - wanted).abs().max() < 2e-3 * moved + 1e-7, name
     assert not math.isfinite(norm) and not applied
     assert all(torch.equal(after[n], later[n]) for n in after)
+
+
+def interleaved_steps(rank: int, configs: list) -> list:
+    """Loss and gradient norm of three steps with each config, and the weights of this rank's chunks after them."""
+    from tidar_mega import methods
+    from tidar_mega.model import gpt
+    from tidar_mega.parallel.mesh import build_mesh
+    from tidar_mega.train import optim
+    from tidar_mega.train.step import Task, accumulate_gradients, micro_batches, summarise
+
+    results = []
+    for config in configs:
+        mesh = build_mesh(config)
+        chunks = optim.wrap(config, gpt.build(config, VOCAB))
+        optimizer = optim.build_optimizer(config, chunks)
+        task = Task(config, mesh, methods.load(config, MASK), chunks, torch.ones(VOCAB))
+        figures = []
+        for _ in range(3):
+            sums = accumulate_gradients(task, list(micro_batches(task, Text, 0, 2 * SEQUENCES)))
+            figures.append((summarise(task, sums)["loss"], optim.update(optimizer, config.optimizer.clip_grad)[0]))
+        if config.parallel.overlap_param_gather:
+            for chunk in chunks:
+                chunk.start_param_sync(force_sync=True)
+        results.append((figures, [p.detach().clone() for chunk in chunks for p in chunk.parameters()]))
+    return results
+
+
+@pytest.mark.distributed
+def test_overlapped_communication_of_several_chunks_changes_no_bit():
+    layout = {"pipeline": 2, "virtual_pipeline": 2, "data": 2}
+    train = {"global_batch_size": 2 * SEQUENCES, "micro_batch_size": 2}
+    overlapped = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+    kinds = [{}, {"overlap_grad_reduce": True}, overlapped, overlapped | {"recompute": "full"}]
+    configs = [settings(model={"num_layers": 4}, train=train, parallel=layout | more) for more in kinds]
+    for (expected, weights), *others in processes.run(interleaved_steps, 4, configs):
+        for figures, after in others:
+            assert figures == expected
+            assert all(torch.equal(a, b) for a, b in zip(weights, after, strict=True))
+
+
+def settings_after_another_adams_checkpoint(rank: int, config) -> list[dict]:
+    from tidar_mega.model import gpt
+    from tidar_mega.parallel.mesh import build_mesh
+    from tidar_mega.train import optim
+
+    build_mesh(config)
+    optimizer = optim.build_optimizer(config, optim.wrap(config, gpt.build(config, VOCAB)))
+    for group in optimizer.param_groups:
+        for unknown in ("amsgrad", "maximize"):
+            del group[unknown]
+        group |= {"step": 7.0, "bias_correction": True, "lr": 0.25}
+    optim.apply_settings(config, optimizer)
+    return [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+
+
+@pytest.mark.distributed
+def test_a_checkpoint_of_another_adam_gives_no_group_that_misses_a_setting():
+    (groups,) = processes.run(settings_after_another_adams_checkpoint, 1, settings())
+    for group in groups:
+        assert group["amsgrad"] is False and group["maximize"] is False
+        assert group["step"] == 7 and isinstance(group["step"], int)  # a kernel of Transformer Engine takes it
+        assert group["lr"] == 0.25 and group["betas"] == (0.9, 0.95)
+
+
+def test_offloading_and_fp8_weights_are_told_to_megatrons_optimizer():
+    from tidar_mega.train import optim
+
+    fields = optim._optimizer_fields(settings(precision={"dtype": "bf16"}, parallel={"optimizer_offload": 0.75}))
+    assert fields["optimizer_cpu_offload"] and fields["optimizer_offload_fraction"] == 0.75
+    # without it megatron keeps a float32 copy of all weights on the GPU; its own check of it needs Transformer Engine
+    assert fields["use_precision_aware_optimizer"] and fields["use_distributed_optimizer"]
+    fp8 = {"dtype": "bf16", "fp8": "blockwise", "fp8_param_gather": True}
+    fields |= optim._optimizer_fields(settings(precision=fp8))
+    assert fields["fp8_recipe"] == "blockwise"
+    assert fields.keys() <= {field.name for field in dataclasses.fields(OptimizerConfig)}
+    assert not OptimizerConfig(**optim._optimizer_fields(settings())).optimizer_cpu_offload

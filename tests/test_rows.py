@@ -172,3 +172,13 @@ def test_rows_of_different_in_group_rules_do_not_mix():
     a, b = make_rows(Case((8,), 0, 4)), make_rows(Case((8,), 0, 4, causal_in_group=True))
     with pytest.raises(AssertionError):
         concatenate([a, b], dim=1)
+
+
+def test_take_gives_each_sequence_rows_of_its_own():
+    rows = concatenate([make_rows(Case((5, 3), 0, 4)), make_rows(Case((8,), 0, 4))], dim=0)
+    index = torch.tensor([[7, 0, 12], [3, 3, 15]])
+    taken = rows.take(index)
+    for b in range(2):
+        for field in ("order", "horizon", "group", "document"):
+            assert getattr(taken, field)[b].tolist() == [int(getattr(rows, field)[b, t]) for t in index[b]]
+    assert taken.causal_in_group == rows.causal_in_group

@@ -182,12 +182,13 @@ def _pretrain_worker(config: Config) -> int:
     stop = StopRequest()
     import torch.distributed as dist
 
-    from tidar_mega import device
     from tidar_mega.parallel.mesh import build_mesh
+    from tidar_mega.train import ending
     from tidar_mega.train.loop import train
 
-    device.start_process_group(config, int(os.environ.get("LOCAL_RANK", "0")))
-    train(config, build_mesh(config), stop)
+    ending.join(config, int(os.environ.get("LOCAL_RANK", "0")))
+    with ending.opened(config) as roll_call:
+        train(config, build_mesh(config), stop, roll_call)
     dist.destroy_process_group()
     return 0
 

@@ -99,6 +99,7 @@ class ParallelConfig:
     distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
+    bucket_size: int | None = None  # parameters that are reduced or gathered at once when overlapped; null: megatron's
     recompute: str = "none"  # activations made again in the backward: none | selective (attention, see below) | full
     recompute_layers: int = 1  # with full: layers of which only the input is kept, as one unit
     gradient_accumulation_fusion: bool = (
@@ -116,7 +117,7 @@ class ParallelConfig:
 @dataclass(frozen=True)
 class PrecisionConfig:
     dtype: str = "bf16"  # bf16 | fp32; optimizer state and gradients are fp32 in both
-    layers: str = "auto"  # local | te (Transformer Engine) | auto: te where it is installed and there is a GPU
+    layers: str = "auto"  # local | te (Transformer Engine) | auto: te in bf16 where it is installed and there is a GPU
     fp8: str = "none"  # none | delayed | tensorwise | blockwise | mxfp8, megatron-core's recipes; needs te
     fp8_format: str = "hybrid"  # hybrid (e4m3 forward, e5m2 gradients) | e4m3
     fp8_param_gather: bool = False  # the distributed optimizer gathers weights in fp8
@@ -341,6 +342,7 @@ def _check_parallel(config: Config) -> None:
         allowed = "true only with parallel.distributed_optimizer and parallel.overlap_grad_reduce"
         ok = p.distributed_optimizer and p.overlap_grad_reduce
         _require(ok, "parallel.overlap_param_gather", True, allowed)
+    _require(p.bucket_size is None or p.bucket_size > 0, "parallel.bucket_size", p.bucket_size, "1 or more, or null")
     _require(0 <= p.optimizer_offload <= 1, "parallel.optimizer_offload", p.optimizer_offload, "between 0 and 1")
     if p.data is not None:
         _require(p.data > 0, "parallel.data", p.data, "a number above 0")

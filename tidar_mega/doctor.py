@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import shutil
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ def examine(data: Path | None = None) -> list[Finding]:
     findings = [_python(), *(_package(name, module) for name, module in _REQUIRED.items())]
     if any(f.status == MISSING for f in findings):
         return findings  # the rest imports what is not there
-    findings += [_device(), *_accelerated(), _memory(), _disk(), _threads()]
+    findings += [*_device(), *_accelerated(), _memory(), _disk(), _threads()]
     if data is not None:
         findings.append(_shards(data))
     return findings
@@ -74,13 +75,38 @@ def _absent(name: str) -> Finding:
     return Finding(name, MISSING, "not installed", f"pip install -c constraints.txt {name}")
 
 
-def _device() -> Finding:
+def _device() -> list[Finding]:
+    """The GPUs and what lies between them and torch."""
     import torch
 
     if not torch.cuda.is_available():
-        return Finding("device", WARN, "CPU with gloo", "no CUDA GPU is seen: fine for tests and the quickstart only")
+        cpu = "no CUDA GPU is seen: fine for tests and the quickstart only"
+        return [
+            Finding("device", WARN, "CPU with gloo", cpu),
+            Finding("NCCL", WARN, "absent: processes exchange through gloo", _NO_GPU),
+        ]
     names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
-    return Finding("device", OK, f"{torch.cuda.device_count()} x {', '.join(sorted(names))}, CUDA {torch.version.cuda}")
+    capability = ".".join(map(str, torch.cuda.get_device_capability()))
+    gpus = f"{torch.cuda.device_count()} x {', '.join(sorted(names))}, compute capability {capability}"
+    cudnn, nccl = torch.backends.cudnn.version(), torch.cuda.nccl.version()
+    return [
+        Finding("device", OK, gpus),
+        _driver(),
+        Finding("CUDA of torch", OK, str(torch.version.cuda)),
+        Finding("cuDNN", OK, str(cudnn))
+        if cudnn
+        else Finding("cuDNN", WARN, "absent", "install a CUDA build of torch"),
+        Finding("NCCL", OK, ".".join(map(str, nccl))),
+    ]
+
+
+def _driver() -> Finding:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return Finding("driver", WARN, "nvidia-smi does not say", "torch sees the GPU, so a run can start")
+    return Finding("driver", OK, found.strip())
 
 
 def _accelerated() -> list[Finding]:
@@ -88,30 +114,97 @@ def _accelerated() -> list[Finding]:
     import torch
 
     cuda = torch.cuda.is_available()
-    install = 'pip install --no-build-isolation "transformer_engine[core_cu13,pytorch]>=2.9,<2.12"'
-    parts = [
-        (
-            "transformer-engine",
-            importlib.util.find_spec("transformer_engine") is not None,
-            "absent: no FP8, no fused norm-linear layers; AdamW is torch's",
-            install if cuda else "needs a CUDA GPU; nothing to do here",
-        ),
-        (
-            "apex",
-            importlib.util.find_spec("amp_C") is not None,  # PyPI's `apex` is another project and has no amp_C
-            "absent: not needed beside Transformer Engine",
-            "build NVIDIA's from source; PyPI's package of that name is an unrelated project" if cuda else "",
-        ),
-        (
-            "triton",
-            importlib.util.find_spec("triton") is not None,
-            "absent: FlexAttention cannot be compiled; on CPU the `tiles` backend is used",
-            "pip install triton" if cuda else "needs a CUDA GPU; nothing to do here",
-        ),
-    ]
+    capability = torch.cuda.get_device_capability() if cuda else None
+    engine = _version("transformer-engine")
     return [
-        Finding(name, OK, "present") if there else Finding(name, WARN, cost, fix) for name, there, cost, fix in parts
+        _engine(engine, cuda),
+        fp8(engine, capability, torch.version.cuda),
+        *_apex(cuda),
+        _optional("triton", "FlexAttention cannot be compiled; on CPU the `tiles` backend is used", cuda),
     ]
+
+
+_NO_GPU = "needs a CUDA GPU; nothing to do here"
+_INSTALL = 'pip install --no-build-isolation "transformer_engine[core_cu13,pytorch]>=2.9,<2.12"'
+
+
+def _engine(version: str | None, cuda: bool) -> Finding:
+    name = "transformer-engine"
+    if version is None:
+        cost = "absent: no FP8, no fused norm-linear layers; AdamW is torch's"
+        return Finding(name, WARN, cost, _INSTALL if cuda else _NO_GPU)
+    if not cuda:
+        found = f"{version}, whose import fails without a GPU and takes megatron-core's with it"
+        return Finding(name, MISSING, found, f"pip uninstall {name}")
+    return Finding(name, OK, version)
+
+
+# As in model/precision.py, of which this must know nothing: oldest Transformer Engine, compute capability (from, to
+# below) and CUDA of each recipe.
+FP8_RECIPES = {
+    "delayed": ("1.9", (8, 9), None, "12.1"),
+    "tensorwise": ("2.2", (8, 9), None, "12.1"),
+    "blockwise": ("2.3", (9, 0), None, "12.9"),
+    "mxfp8": ("2.1", (10, 0), (12, 0), "12.8"),
+}
+
+
+def fp8(engine: str | None, capability: tuple[int, int] | None, cuda: str | None) -> Finding:
+    """Which values of `precision.fp8` a run may have here."""
+    cost = "none: matrix products stay in bf16, at up to half the speed"
+    if capability is None:
+        return Finding("FP8", WARN, cost, _NO_GPU)
+    if engine is None:
+        return Finding("FP8", WARN, cost, _INSTALL)
+    able, lacking = [], []
+    for name, (oldest, first, below, oldest_cuda) in FP8_RECIPES.items():
+        if capability < first or (below and capability >= below):
+            continue  # nothing but another GPU would help
+        newer = [f"Transformer Engine {oldest}"] if _older(engine, oldest) else []
+        newer += [f"CUDA {oldest_cuda}"] if _older(str(cuda), oldest_cuda) else []
+        if newer:
+            lacking.append(f"{name} needs {' and '.join(newer)}")
+        else:
+            able.append(name)
+    if not able:
+        needed = "; ".join(lacking) or "a GPU of compute capability 8.9 or newer (Ada, Hopper, Blackwell)"
+        return Finding("FP8", WARN, cost, needed)
+    return Finding("FP8", OK, f"precision.fp8 may be {', '.join(able)}", "; ".join(lacking))
+
+
+def _older(found: str, wanted: str) -> bool:
+    from packaging.version import Version
+
+    return Version(found) < Version(wanted)
+
+
+def _apex(cuda: bool) -> list[Finding]:
+    source = "build NVIDIA's from source; PyPI's package of that name is an unrelated project" if cuda else _NO_GPU
+    parts = {
+        "apex": ("amp_C", "absent: not needed beside Transformer Engine"),
+        "apex gradient fusion": (
+            "fused_weight_gradient_mlp_cuda",
+            "absent: parallel.gradient_accumulation_fusion needs precision.layers=te",
+        ),
+    }
+    return [
+        Finding(name, OK, "present") if importlib.util.find_spec(module) else Finding(name, WARN, cost, source)
+        for name, (module, cost) in parts.items()  # PyPI's `apex` has neither module
+    ]
+
+
+def _optional(name: str, cost: str, cuda: bool) -> Finding:
+    version = _version(name)
+    if version is None:
+        return Finding(name, WARN, f"absent: {cost}", f"pip install {name}" if cuda else _NO_GPU)
+    return Finding(name, OK, version)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _memory() -> Finding:

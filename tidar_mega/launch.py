@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
+import functools
 import os
 import signal
 import socket
@@ -11,9 +11,13 @@ import sys
 import time
 
 from tidar_mega.config import Config, ConfigError
+from tidar_mega.lifetime import end_with
 
 _LOOPBACK = "127.0.0.1"
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_HINTS = {
+    signal.SIGKILL: " (most often for lack of memory)",
+    signal.SIGABRT: " (NCCL does that when a collective times out; what it said is above)",
+}
 
 
 def is_worker() -> bool:
@@ -53,6 +57,7 @@ def run_local(arguments: list[str], processes: int, gpus: int) -> int:
         "MASTER_PORT": str(_free_port()),
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # megatron orders communication before compute through one queue
     }
+    environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # at a failure it would warn at length of every lost socket
     if not gpus:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
         if sys.platform == "linux":
@@ -75,7 +80,10 @@ def run_local(arguments: list[str], processes: int, gpus: int) -> int:
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         # a session of its own: Ctrl-C reaches a rank through `hand_on` only, once
         started = subprocess.Popen(
-            command, env={**environment, **place}, start_new_session=True, preexec_fn=_die_with_parent
+            command,
+            env={**environment, **place},
+            start_new_session=True,
+            preexec_fn=functools.partial(end_with, os.getpid()),
         )
         ranks.append(started)
     return _wait(ranks)
@@ -84,15 +92,14 @@ def run_local(arguments: list[str], processes: int, gpus: int) -> int:
 def _wait(ranks: list[subprocess.Popen]) -> int:
     while True:
         codes = [rank.poll() for rank in ranks]
-        failed = next((code for code in codes if code), None)
-        if failed is not None:
-            rank = codes.index(failed)
-            if failed < 0:  # it could not say so itself
-                name = signal.Signals(-failed).name
-                hint = " (most often for lack of memory)" if failed == -signal.SIGKILL else ""
-                print(f"rank {rank} was ended by {name}{hint}; the same command resumes", file=sys.stderr, flush=True)
+        failed = {rank: code for rank, code in enumerate(codes) if code}
+        if failed:
+            killed = {rank: -code for rank, code in failed.items() if code < 0}
+            for rank, number in killed.items():  # it could not say so itself
+                how = signal.Signals(number).name + _HINTS.get(number, "")
+                print(f"rank {rank} was ended by {how}; the same command resumes", file=sys.stderr, flush=True)
             _end(ranks)
-            return failed if failed > 0 else 128 - failed
+            return 128 + next(iter(killed.values())) if killed else next(iter(failed.values()))
         if all(code == 0 for code in codes):
             return 0
         time.sleep(0.1)
@@ -107,12 +114,6 @@ def _end(ranks: list[subprocess.Popen], grace_seconds: float = 5.0) -> None:
         if rank.poll() is None:
             rank.kill()
             rank.wait()
-
-
-def _die_with_parent() -> None:
-    """Ranks whose launcher was killed would go on writing into a run folder that a restart uses."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _free_port() -> int:

@@ -11,16 +11,19 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from torch.distributed.checkpoint.api import CheckpointException
 
 from tidar_mega import config as config_module
-from tidar_mega.checkpoint.state import SHARDING
+from tidar_mega.checkpoint.state import RANDOM, SHARDING
 from tidar_mega.checkpoint.writing import Writer
 from tidar_mega.config import Config, UserError
 from tidar_mega.parallel.failures import of_communication
@@ -59,50 +62,42 @@ class CheckpointStore:
         self.latest = box[0]
         return self.latest
 
-    def save(self, mesh: Mesh, step: int, parts: dict, meta: dict, tokenizer: Path, size: int) -> Path:
-        """Collective. Writes `parts` (of `state.sharded`, about `size` bytes) and publishes them whole or not at all.
+    def path(self, step: int) -> Path:
+        return self.folder / f"step_{step:08d}"
 
-        Raises CheckpointError on every rank, for example on a full disk; earlier checkpoints stay as they are.
-        """
+    def save(self, mesh: Mesh, step: int, parts: dict, meta: dict, tokenizer: Path, size: int) -> Path:
+        """Collective. As `begin`, and waits until the checkpoint is published."""
         self.begin(mesh, step, parts, meta, tokenizer, size)
-        self.wait(mesh)
+        self.finish(mesh, wait=True)
         return self.path(step)
 
     def begin(self, mesh: Mesh, step: int, parts: dict, meta: dict, tokenizer: Path, size: int) -> None:
-        """Collective. As `save`, but returns as soon as `parts` may change; `poll` or `wait` publishes the checkpoint.
+        """Collective. Starts to write `parts` (of `state.sharded`, about `size` bytes), which may change on return.
 
-        Waits first for the save that is in flight.
+        `finish` publishes them, whole or not at all. Raises CheckpointError on every rank, for example on a
+        full disk; earlier checkpoints stay as they are.
         """
-        self.wait(mesh)
+        assert self._draft is None, "one save at a time"
         final = self.path(step)
         draft = _Draft(self.folder / f".{final.name}.unfinished", final, meta, tokenizer)
         mesh.on_main(_on_disk(draft.folder, lambda: _fresh_folder(self.folder, draft.folder, size)))
         try:
-            self._writer.begin(parts, str(draft.folder), SHARDING)
+            self._writer.begin(parts, str(draft.folder), SHARDING, mesh.sharded_data)
         except _MEGATRON_ERRORS as error:  # of this rank alone, so nothing is exchanged; the launcher ends the others
             _give_up_alone(draft.folder, error)
         self._draft, self.latest = draft, final
 
-    def poll(self, mesh: Mesh) -> Path | None:
-        """Collective, and cheap. Publishes the save in flight once all ranks have written it, and returns its folder.
+    def finish(self, mesh: Mesh, wait: bool) -> Path | None:
+        """Collective while a save is in flight, and then cheap: publishes it if all ranks have written their parts, or
+        waits until they have. Returns the published folder, or None.
 
         Raises CheckpointError on every rank if one could not write.
         """
-        return self._finish(mesh, self._writer.poll)
-
-    def wait(self, mesh: Mesh) -> Path | None:
-        """Collective. As `poll`, but comes back only when no save is in flight."""
-        return self._finish(mesh, self._writer.wait)
-
-    def path(self, step: int) -> Path:
-        return self.folder / f"step_{step:08d}"
-
-    def _finish(self, mesh: Mesh, written: Callable[[], bool]) -> Path | None:
         draft = self._draft
         if draft is None:
             return None
         try:
-            if not written():
+            if not self._writer.finish(wait):
                 return None
         except CheckpointException as error:  # exchanged by megatron: every rank comes here, and the main one knows why
             self._draft = None
@@ -170,11 +165,57 @@ def read_meta(path: Path) -> dict:
 
 
 def load(path: Path, parts: dict) -> dict:
-    """Collective. Fills the template `parts` from the checkpoint at `path`. Raises CheckpointError."""
+    """Collective. Fills the template `parts` from the checkpoint at `path`. Raises CheckpointError.
+
+    Every tensor of `parts` must be in the checkpoint, and every weight of the checkpoint (with optimizer state in
+    `parts`: every tensor) must be asked for by some rank.
+    """
     try:
+        _match(path, parts)
         return dist_checkpointing.load(parts, str(path))
     except _MEGATRON_ERRORS as error:
+        if isinstance(error, CheckpointError) or of_communication(error):
+            raise
         raise CheckpointError(f"{path}: cannot be loaded ({_first_line(error)}); {_WAY_OUT}") from error
+
+
+def _match(path: Path, parts: dict) -> None:
+    """Raises CheckpointError on every rank if the tensors on disk are not those of `parts`. Takes out of `parts` the
+    FP8 states that the checkpoint of a model without FP8 lacks."""
+    ranks = [None] * dist.get_world_size()
+    tensors, _ = extract_sharded_base(load_preprocess(parts)[0])
+    dist.all_gather_object(ranks, {part.key for part in nested_values(tensors)})
+    wanted = set().union(*ranks)
+    found = {part.key for part in load_sharded_metadata(str(path)).values()}
+    absent = wanted - found
+    for name, weights in parts.items():
+        if name.startswith("model"):
+            parts[name] = {k: w for k, w in weights.items() if not (_is_fp8_state(w.key) and w.key in absent)}
+    absent = {key for key in absent if not _is_fp8_state(key)}
+    has_optimizer = any(key.startswith(_OPTIMIZER) for key in wanted)
+    surplus = {
+        key
+        for key in found - wanted
+        if key != RANDOM and not _is_fp8_state(key) and (has_optimizer or not key.startswith(_OPTIMIZER))
+    }
+    if absent or surplus:
+        raise CheckpointError(
+            f"{path}: its tensors are not those of this model: {_some(absent)} missing in the checkpoint, "
+            f"{_some(surplus)} that the model does not have; give back the model settings that it was made with "
+            "(config.yaml of its run), or set another run_dir to start anew"
+        )
+
+
+_OPTIMIZER = "optimizer."
+
+
+def _is_fp8_state(key: str) -> bool:
+    return key.endswith("._extra_state")
+
+
+def _some(keys: set[str], most: int = 3) -> str:
+    named = ", ".join(sorted(keys)[:most])
+    return f"{len(keys)} ({named}{', ...' if len(keys) > most else ''})" if keys else "none"
 
 
 def saved_config(meta: dict) -> Config:

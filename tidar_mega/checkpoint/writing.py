@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import functools
 import gc
-import multiprocessing
 import os
+import pickle
 import queue
 import signal
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.managers import SyncManager
 
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from torch.distributed import ProcessGroup
 
 from tidar_mega.lifetime import end_with
 
@@ -32,34 +35,37 @@ class Writer:
 
     def __init__(self) -> None:
         self.calls = AsyncCallsQueue()
-        self.results = None
+        self.results: _Results | None = None
 
-    def begin(self, parts: dict, folder: str, metadata: dict) -> None:
-        """Collective. Starts to write `parts` into `folder`; on return they may change."""
+    def begin(self, parts: dict, folder: str, metadata: dict, replicas: ProcessGroup) -> None:
+        """Collective. Starts to write `parts` into `folder`; on return they may change.
+
+        What several ranks hold is divided among them; `replicas` are the ranks that hold the same weights.
+        """
         assert not self.calls.async_calls, "one save at a time"
-        _share_results()
-        request = dist_checkpointing.save(parts, folder, content_metadata=metadata, async_sharded_save=True)
+        self.results = filesystem_async._results_queue = _Results()
+        divided = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), replicas)
+        request = dist_checkpointing.save(parts, folder, divided, async_sharded_save=True, content_metadata=metadata)
         if request.async_fn is not None:  # else this rank has nothing to write
-            transforms, _ = request.async_fn.args  # megatron's function forks once more, and hangs if that one is killed
-            _, _, self.results = request.async_fn_args
+            # megatron's own function forks once more for each file, and hangs if one of those processes is killed
+            transforms, _ = request.async_fn.args
             # the request keeps these copies until the end: freed earlier, their pinned memory could get other contents
             buckets = request.preload_fn()
             arguments = (os.getpid(), transforms, buckets, self.results)
             request = request._replace(async_fn=_write, async_fn_args=arguments, preload_fn=None)
         self.calls.schedule_async_request(request)
 
-    def poll(self) -> bool:
-        """Collective, and cheap: true once every rank has written its part and megatron's index of them is there.
-
-        Raises torch's CheckpointException on every rank if one could not write.
+    def finish(self, wait: bool) -> bool:
+        """Collective, and cheap without `wait`: true once every rank has written its part, and megatron's index of
+        them too. Raises torch's CheckpointException on every rank if one could not write.
         """
         self._say_if_killed()
-        return bool(self.calls.maybe_finalize_async_calls())
-
-    def wait(self) -> None:
-        """Collective. As `poll`, until it is true; no single exchange between the ranks lasts long."""
-        while not self.poll():
-            time.sleep(_POLL_SECONDS)
+        while not self.calls.maybe_finalize_async_calls():
+            if not wait:
+                return False
+            time.sleep(_POLL_SECONDS)  # many short exchanges between the ranks: a long one would time out
+            self._say_if_killed()
+        return True
 
     def _say_if_killed(self) -> None:
         process = self.calls.async_calls[0].async_caller.process
@@ -75,7 +81,7 @@ def _write(parent: int, transforms: list, buckets: list, results) -> None:
     with ThreadPoolExecutor(len(buckets)) as threads:
         outcomes = list(threads.map(functools.partial(_write_file, transforms), range(len(buckets)), buckets))
     failure = next((outcome for outcome in outcomes if isinstance(outcome, Exception)), None)
-    results.put(failure or dict(enumerate(outcomes)))
+    results.put(_of_disk(failure) if failure else dict(enumerate(outcomes)))
 
 
 def _write_file(transforms: list, index: int, bucket) -> list | Exception:
@@ -86,17 +92,30 @@ def _write_file(transforms: list, index: int, bucket) -> list | Exception:
     return outcome.get()[1]
 
 
-@functools.cache
-def _share_results() -> SyncManager:
-    """The queue by which megatron's writers answer, in a helper process that ends with this one; megatron's own helper
-    would outlive a rank that is killed."""
-    manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-    manager.start(_prepare_helper, (os.getpid(),))
-    filesystem_async._results_queue = manager.Queue()
-    return manager
+def _of_disk(error: BaseException) -> BaseException:
+    """torch's serialisation covers a full disk with errors of its own."""
+    cause = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return cause or error
 
 
-def _prepare_helper(parent: int) -> None:
-    end_with(parent)
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):  # a stop request may be sent to all processes
-        signal.signal(number, signal.SIG_IGN)
+class _Results:
+    """How a writing process answers the one that it was forked from: through a file that both hold, which takes any
+    size. megatron's own queue is a process more for each rank, and outlives a rank that is killed."""
+
+    def __init__(self) -> None:
+        self.file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+
+    def put(self, result: object) -> None:
+        self.file.seek(0)
+        self.file.truncate()
+        self.file.write(pickle.dumps(result))
+
+    def get_nowait(self) -> object:
+        self.file.seek(0)
+        answer = self.file.read()
+        self.file.truncate(0)
+        if not answer:
+            raise queue.Empty
+        return pickle.loads(answer)

@@ -70,10 +70,10 @@ class Tidar:
         whole_BG = exists_BGK.all(dim=-1)
         accepted_BG = agrees_BGK.long().cumprod(dim=-1).sum(dim=-1)
         count = torch.bincount(slot, minlength=self.block)
-        correct = torch.bincount(slot, weights=right.double(), minlength=self.block)
+        correct = torch.bincount(slot[right], minlength=self.block)  # with weights it is not deterministic on CUDA
         return {
             "slot_count": count.double(),
-            "slot_correct": correct,
+            "slot_correct": correct.double(),
             "blocks": whole_BG.sum().double(),
             "accepted": (accepted_BG * whole_BG).sum().double(),
         }

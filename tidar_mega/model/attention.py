@@ -126,7 +126,7 @@ class TrainingAttention:
 
 
 def flex_rule(queries: Rows, keys: Rows | None = None):
-    """The visibility rule as FlexAttention's `mask_mod(b, h, q_index, k_index)`; `keys` are the queries if not given."""
+    """The visibility rule as FlexAttention's `mask_mod(b, h, q_index, k_index)`; the default of `keys` is `queries`."""
     keys = queries if keys is None else keys
     q_fields = queries.document, queries.order, queries.horizon, queries.group
     k_fields = keys.document, keys.order, keys.group

@@ -22,7 +22,7 @@ from torch import Tensor
 from tidar_mega.config import Config
 from tidar_mega.device import has_cuda
 from tidar_mega.model.attention import AttentionContext
-from tidar_mega.model.spec import block_spec, transformer_config
+from tidar_mega.model.spec import block_spec, set_weight, transformer_config
 from tidar_mega.rows import Rows
 
 
@@ -136,7 +136,7 @@ def _draw(weight: Tensor, chunk: HybridGPT, seed: int, name: str) -> None:
     whole = torch.empty(shape).normal_(0.0, std, generator=draw)
     # a rank's part of fc1 is a slice of the gate and a slice of the up projection
     pieces = whole.chunk(2, dim) if "linear_fc1" in name else [whole]
-    weight.copy_(torch.cat([piece.chunk(group.size(), dim)[group.rank()] for piece in pieces], dim))
+    set_weight(weight, torch.cat([piece.chunk(group.size(), dim)[group.rank()] for piece in pieces], dim))
 
 
 def padded_vocab_size(config: Config, vocab_size: int) -> int:

@@ -91,17 +91,19 @@ def _find_engine() -> tuple[str | None, str]:
 
 
 def resolve_layers(config: Config, machine: Machine) -> str:
-    """`precision.layers` as te or local; auto is te where it works. Raises ConfigError."""
+    """`precision.layers` as te or local. Raises ConfigError.
+
+    auto is te where it works, but local in fp32, of which Transformer Engine's products (TF32) keep only ten bits.
+    """
     asked = config.precision.layers
-    if asked == "local" or (asked == "auto" and machine.engine is None):
-        return "local"
-    if machine.engine is None:
+    too_old = machine.engine is not None and Version(machine.engine) < Version(OLDEST_ENGINE)
+    if asked == "auto":
+        return "local" if machine.engine is None or too_old or config.precision.dtype == "fp32" else "te"
+    if asked == "te" and machine.engine is None:
         _refuse("precision.layers", "te", f"local or auto here: {machine.why_no_engine}", _install(machine))
-    if Version(machine.engine) < Version(OLDEST_ENGINE):
-        if asked == "auto":
-            return "local"
+    if asked == "te" and too_old:
         _refuse("precision.layers", "te", f"local with Transformer Engine {machine.engine}; {OLDEST_ENGINE} is needed")
-    return "te"
+    return asked
 
 
 def check(config: Config, machine: Machine, environment: Mapping[str, str] = os.environ) -> None:

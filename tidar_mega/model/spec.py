@@ -81,7 +81,9 @@ def _layout(config: Config, training: bool) -> dict:
         "overlap_p2p_comm": interleaved,
         "batch_p2p_comm": not interleaved,
         "variable_seq_lengths": False,  # all forwards of a run have one shape
-        "deallocate_pipeline_outputs": p.pipeline > 1,  # what was sent to the next stage is kept there
+        # What was sent is kept by the next stage. NCCL guards the memory of a send in flight; gloo does not, and what
+        # is freed there arrives as other numbers.
+        "deallocate_pipeline_outputs": p.pipeline > 1 and has_cuda(),
         # The weights of the rows already hold the global denominators: gradients are plain sums over all ranks.
         "calculate_per_token_loss": True,
         "params_dtype": dtype,

@@ -21,7 +21,7 @@ from tidar_mega.rows import Rows, rule
 
 CHUNK = 128  # most query rows of a tile; about S * CHUNK pairs are computed in vain, smaller tiles cost more calls
 STEP = 16  # tiles are cut at multiples of it: oneDNN compiles a kernel for each size of tile it meets
-CALL, COPY = 2048, 16  # cost of a tile and of each of its keys, beside its pairs, in pairs
+CALL, COPY = 8192, 32  # cost of a tile, and of each key that it loads, in (query, key) pairs
 GAP = 16  # unseen keys that are taken along (and masked) so as to keep two ranges of keys in one piece
 
 WIDTH_STEP = 32  # numbers of keys are multiples of it, for the same reason as STEP
@@ -115,9 +115,7 @@ def _fields(rows: Rows, *names: str) -> Tensor:
     return torch.stack([getattr(rows, name).cpu() for name in names], dim=1)
 
 
-def _structure(
-    queries_4T: Tensor, keys_3K: Tensor, sequences: Tensor, causal_in_group: bool, chunk: int
-) -> Structure:
+def _structure(queries_4T: Tensor, keys_3K: Tensor, sequences: Tensor, causal_in_group: bool, chunk: int) -> Structure:
     # numpy: many small steps, no threads to wake
     queries_4T, keys_3K = (x.to(torch.int32).numpy() for x in (queries_4T, keys_3K))
     tiles, row_order, start, before, shared = [], [], 0, (), {}
@@ -152,7 +150,7 @@ def _groups(queries_4T: np.ndarray, keys_3K: np.ndarray, causal_in_group: bool, 
 def _cuts(sees_RK: np.ndarray) -> list[int]:
     """Where to cut rows into tiles, at the lowest cost: rows times the keys that any of them sees, and overheads."""
     edges = [*range(0, len(sees_RK), STEP), len(sees_RK)]
-    seen_NK = np.logical_or.reduceat(sees_RK, edges[:-1], axis=0)
+    seen_NK = [sees_RK[a:b].any(axis=0) for a, b in zip(edges, edges[1:], strict=False)]
     best: list[tuple[int, list[int]]] = [(0, [0])]  # for the rows before each edge: cost and cuts
     for end in range(1, len(edges)):
         seen_K, found = np.zeros_like(seen_NK[0]), []

@@ -90,9 +90,7 @@ def tile_sizes(rows: int) -> list[int]:
     return sorted(set(sizes), reverse=True)
 
 
-def find_units(
-    document_T: ndarray, position_T: ndarray, horizon_T: ndarray, group_T: ndarray, clean: int
-) -> Units:
+def find_units(document_T: ndarray, position_T: ndarray, horizon_T: ndarray, group_T: ndarray, clean: int) -> Units:
     document_M = document_T[clean:]
     real = np.flatnonzero(document_M != PADDING)
     key_M = document_M * (group_T.max() + 1) + group_T[clean:]

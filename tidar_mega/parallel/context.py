@@ -11,6 +11,7 @@ ones, then mask rows, then padding), K keys of a rank, R ranks, G key heads, E h
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ class Part:
     rows    Rows [B, L]: clean rows and mask rows, both in the order of the whole rows, then padding
     keys    Rows [B, K], what they may look at: all S clean rows in order, then the mask rows (and padding) of `rows`
     places  int64 [R, B, L], the place of every rank's rows in the whole rows, EMPTY for padding
-    clean   C, the number of clean rows of each rank
+    clean   C, the number of clean rows of each rank (0 where `group` is None: nothing travels)
     group   the context group; None where one process holds everything, and then `keys` is `rows`
     """
 
@@ -50,6 +51,18 @@ class Part:
         """int64 [B, L]: the place of this rank's rows in the whole rows, EMPTY for padding."""
         return self.places[self.rank]
 
+    @cached_property
+    def clean_target(self) -> tuple[Tensor, Tensor]:
+        """Indexes keys [K, B] in the order in which the ranks' clean rows are gathered: to [R, C, B]."""
+        place_RCB = self.places[:, :, : self.clean].transpose(1, 2)
+        return place_RCB, torch.arange(place_RCB.shape[2], device=place_RCB.device)
+
+    @cached_property
+    def clean_source(self) -> tuple[Tensor, Tensor]:
+        """Indexes gathered clean rows [R * C, B] in the order of their places: to [S, B]."""
+        place_RCB, sequence_B = self.clean_target
+        return place_RCB.flatten(0, 1).argsort(dim=0), sequence_B
+
     def to(self, device: torch.device | str) -> Part:
         rows = self.rows.to(device)
         keys = rows if self.keys is self.rows else self.keys.to(device)
@@ -59,7 +72,7 @@ class Part:
 def whole(rows: Rows) -> Part:
     """All rows on one process."""
     places = torch.arange(rows.shape[1], device=rows.token.device).expand(1, *rows.shape)
-    return Part(rows, rows, places, clean=rows.shape[1])
+    return Part(rows, rows, places, clean=0)
 
 
 def split(rows: Rows, group: dist.ProcessGroup | None, block: int, multiple: int = 1) -> Part:
@@ -124,21 +137,15 @@ class _GatherKeys(torch.autograd.Function):
         mine_2CBGE = torch.stack([k_LBGE[:C], v_LBGE[:C]])
         all_R2CBGE = mine_2CBGE.new_empty(len(part.places), *mine_2CBGE.shape)
         dist.all_gather_into_tensor(all_R2CBGE.flatten(0, 1), mine_2CBGE, group=part.group)
-        at, S = _clean_places(part), C * len(part.places)
-        keys = []
-        for i, x_LBGE in enumerate((k_LBGE, v_LBGE)):
-            out_KBGE = x_LBGE.new_empty(part.keys.shape[1], *x_LBGE.shape[1:])
-            out_KBGE[at] = all_R2CBGE[:, i]
-            out_KBGE[S:] = x_LBGE[C:]
-            keys.append(out_KBGE)
-        return tuple(keys)
+        # into the order of places, in which a clean prefix is one range of keys
+        clean_SBGE = (all_R2CBGE[:, i].flatten(0, 1)[part.clean_source] for i in (0, 1))
+        return tuple(torch.cat([x, mine[C:]]) for x, mine in zip(clean_SBGE, (k_LBGE, v_LBGE), strict=True))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dk_KBGE: Tensor, dv_KBGE: Tensor):
-        part, C = ctx.part, ctx.part.clean
-        at, S = _clean_places(part), C * len(part.places)
-        for_all_R2CBGE = torch.stack([dk_KBGE[at], dv_KBGE[at]], dim=1)
+        part, S = ctx.part, ctx.part.clean * len(ctx.part.places)
+        for_all_R2CBGE = torch.stack([dx_KBGE[part.clean_target] for dx_KBGE in (dk_KBGE, dv_KBGE)], dim=1)
         from_all_R2CBGE = torch.empty_like(for_all_R2CBGE)
         dist.all_to_all_single(from_all_R2CBGE, for_all_R2CBGE, group=part.group)
         wide = torch.promote_types(dk_KBGE.dtype, torch.float32)
@@ -146,12 +153,6 @@ class _GatherKeys(torch.autograd.Function):
         dk_LBGE = torch.cat([mine_2CBGE[0], dk_KBGE[S:]])
         dv_LBGE = torch.cat([mine_2CBGE[1], dv_KBGE[S:]])
         return dk_LBGE, dv_LBGE, None
-
-
-def _clean_places(part: Part) -> tuple[Tensor, Tensor]:
-    """Where the gathered clean rows [R, C, B] belong among the keys [K, B], as an index."""
-    place_RCB = part.places[:, :, : part.clean].transpose(1, 2)
-    return place_RCB, torch.arange(part.places.shape[1], device=part.places.device)
 
 
 @torch.no_grad()

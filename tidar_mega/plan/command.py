@@ -14,7 +14,7 @@ from tidar_mega.plan import parameters, report
 from tidar_mega.plan.hardware import Hardware
 from tidar_mega.plan.imbalance import packed, whole_sequence
 from tidar_mega.plan.layout import Layout, make_layout
-from tidar_mega.plan.memory import GIB, Memory, fullest_stage
+from tidar_mega.plan.memory import GIB, fullest_stage
 from tidar_mega.plan.search import RECOMPUTE, Candidate, Found, overrides, search
 from tidar_mega.plan.timing import Timing, bubble_fraction, predict
 from tidar_mega.plan.work import drafted_rows, hardware_flops, model_flops, sequence_work
@@ -103,14 +103,14 @@ def parse_tokens(text: str | None, layout: Layout) -> float:
 def plan_figures(layout: Layout, hardware: Hardware, tokens: float, document_tokens: float) -> dict:
     """Everything that `tidar plan` says of one layout, as plain numbers."""
     timing = predict(layout, hardware, whole_sequence(layout.config))
-    stage, memory = fullest_stage(layout)
+    _, memory = fullest_stage(layout)
     return {
         "gpus": layout.gpus,
         "layout": {**asdict(layout.config.parallel), "data": layout.data, "micro_batches": layout.micro_batches},
         "fits": memory.total <= hardware.usable_bytes,
         "vocab_size": layout.vocab,
         "parameters": parameter_figures(layout),
-        "memory_gib": {"stage": stage, "usable": hardware.usable_bytes / GIB, **memory_figures(layout)},
+        "memory_gib": {"usable": hardware.usable_bytes / GIB, **memory_figures(layout)},
         "work": work_figures(layout),
         "time": time_figures(timing, tokens),
         "communication": [transfer_figures(t) for t in timing.transfers],
@@ -135,17 +135,14 @@ def parameter_figures(layout: Layout) -> dict:
 
 
 def memory_figures(layout: Layout) -> dict:
-    """GiB of the fullest stage for each kind of recomputation."""
-    return {kind: _gib(fullest_stage(_with_recompute(layout, kind))[1]) for kind in RECOMPUTE}
-
-
-def _with_recompute(layout: Layout, kind: str) -> Layout:
-    parallel = replace(layout.config.parallel, recompute=kind)
-    return replace(layout, config=replace(layout.config, parallel=parallel))
-
-
-def _gib(memory: Memory) -> dict:
-    return {name: value / GIB for name, value in {**asdict(memory), "total": memory.total}.items()}
+    """GiB of a rank of the fullest pipeline stage, for each kind of recomputation."""
+    found = {}
+    for kind in RECOMPUTE:
+        parallel = replace(layout.config.parallel, recompute=kind)
+        stage, memory = fullest_stage(replace(layout, config=replace(layout.config, parallel=parallel)))
+        figures = {**asdict(memory), "total": memory.total}
+        found[kind] = {"stage": stage, **{name: value / GIB for name, value in figures.items()}}
+    return found
 
 
 def work_figures(layout: Layout) -> dict:

@@ -23,6 +23,7 @@ class Hardware:
     memory_gbs: float = _figure("memory bandwidth GB/s, data sheet")
     nvlink_gbs: float = _figure("to GPUs of the same node, GB/s")
     internode_gbs: float = _figure("to other nodes (InfiniBand or RoCE), GB/s for each GPU")
+    host_gbs: float = _figure("Adam in host memory (parallel.optimizer_offload), GB/s for each GPU", 20)
     gpus_per_node: float = _figure("GPUs of a node", 8)
     matmul_efficiency: float = _figure("share of the bf16 or fp32 rate that matrix products reach", 0.70)
     fp8_efficiency: float = _figure("share of the FP8 rate, casts included", 0.55)

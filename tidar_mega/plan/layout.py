@@ -6,6 +6,7 @@ order tp-cp-ep-dp-pp): that decides which groups stay inside a node.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -56,8 +57,14 @@ class Layout:
             return length + drafted
         from tidar_mega.parallel.balance import mask_slots
 
-        multiple = p.tensor if p.sequence else 1
-        return length // p.context + mask_slots(length, drafted, p.context, self.config.train.block, multiple)
+        return length // p.context + mask_slots(length, drafted, p.context, self.config.train.block, self.row_multiple)
+
+    @property
+    def row_multiple(self) -> int:
+        """What a context-parallel rank's rows are filled up to a multiple of: the tensor group's ranks with sequence
+        parallelism, times what FP8 products want of the rows of a micro-batch (`model/precision.py`)."""
+        align = {"none": 1, "mxfp8": 32}.get(self.config.precision.fp8, 16)
+        return self.residual_split * align // math.gcd(align, self.config.train.micro_batch_size)
 
     @cached_property
     def keys(self) -> int:

@@ -46,23 +46,26 @@ def fp8_share(layout: Layout) -> float:
 
 
 def layer_activations(layout: Layout) -> dict[str, float]:
-    """What a layer keeps of one micro-batch until its backward, in bytes, without any recomputation.
+    """What a layer keeps of one micro-batch until its backward, in bytes; with full recomputation, in the backward.
 
     Norms and residuals are divided by the tensor group with sequence parallelism, all else always. FP8 keeps the inputs
-    of matrix products in one byte.
+    of matrix products in one byte. Selective recomputation makes core attention again: the gathering of keys over the
+    context group, the log-sum-exp and the output; but the output, in the order of the rows, is the projection's input.
     """
     m, p, rows, b = layout.config.model, layout.config.parallel, layout.batch_rows, width(layout)
     residual, heads, groups = rows * m.hidden_size / layout.residual_split, m.num_attention_heads, m.num_query_groups
     query, key = (rows * m.head_width * count / p.tensor for count in (heads, groups))
     inner, share = rows * m.ffn_hidden_size / p.tensor, fp8_share(layout)
     linear = b * (1 - share) + share
-    keys = key * layout.keys / layout.rows
+    is_kept = p.recompute != "selective"
+    is_gathered = p.context > 1 and is_kept
+    keys = key * layout.keys / layout.rows if is_gathered else key
     kept = {
         "input norm": b * residual + FLOAT32 * rows / layout.residual_split,
         "qkv input": linear * residual,
         "RoPE tables": b * 4 * rows * m.head_width,  # cosine and sine, for q and for k
         "attention q, k, v": b * (query + 2 * keys),
-        "attention output": b * query + FLOAT32 * rows * heads / p.tensor,  # and the log-sum-exp
+        "attention output, log-sum-exp": (b * query + FLOAT32 * rows * heads / p.tensor) * is_kept,
         "projection input": linear * query,
         "MLP norm": b * residual + FLOAT32 * rows / layout.residual_split,
         "fc1 input": linear * residual,
@@ -71,19 +74,19 @@ def layer_activations(layout: Layout) -> dict[str, float]:
     }
     if m.qk_layernorm:  # q before its norm is a copy; both norms keep a float for each head
         kept["q, k norm"] = b * query + FLOAT32 * rows * (heads + groups) / p.tensor
-    if p.context == 1 or m.qk_layernorm:  # v and the k norm's input are views of the product's whole output
-        kept["qkv output"] = b * (query + 2 * key) - (b * keys if p.context == 1 else 0)
+    if not is_gathered:  # v is a view of the product's whole output
+        kept["rest of qkv output"] = b * (query + key)
+    elif m.qk_layernorm:  # so is the input of k's norm
+        kept["qkv output"] = b * (query + 2 * key)
     return kept
 
 
 def kept_per_layer(layout: Layout) -> float:
     """Bytes of one layer and micro-batch under parallel.recompute, averaged over the layers of a unit."""
-    kept, p = layer_activations(layout), layout.config.parallel
+    p = layout.config.parallel
     if p.recompute == "full":
         return _layer_input(layout) / min(p.recompute_layers, layout.chunk_layers)
-    if p.recompute == "selective":  # core attention: its inputs stay, and its output is the projection's input
-        kept.pop("attention output")
-    return sum(kept.values())
+    return sum(layer_activations(layout).values())
 
 
 def _layer_input(layout: Layout) -> float:

@@ -46,7 +46,7 @@ class Report:
         for table in tables:
             if table.row_count:
                 say("", table)
-        say("", self._verdict(layout, plan))
+        say(f"\n{self._verdict(layout, plan)}")
 
     def search(self, found: Found, gpus: int, command: str, shown: int) -> None:
         say = self.console.print
@@ -59,7 +59,7 @@ class Report:
             say("\nthe fastest in full:", style="green")
             say(f"  {command}", soft_wrap=True)
         else:
-            say("", self._nearest(found))
+            say(f"\n{self._nearest(found)}")
 
     def _micro_batches(self, layout: Layout, work: dict) -> str:
         t = layout.config.train
@@ -79,9 +79,10 @@ class Report:
 
     def _memory(self, layout: Layout, plan: dict) -> Table:
         figures, chosen = plan["memory_gib"], layout.config.parallel.recompute
-        stage = "a rank" if layout.config.parallel.pipeline == 1 else f"a rank of stage {figures['stage']}, the fullest"
         columns = [f"recompute {kind}" + (" *" if kind == chosen else "") for kind in RECOMPUTE]
-        table = _table(f"memory of {stage}, GiB", *columns)
+        table = _table("memory of a rank, GiB", *columns)
+        if layout.config.parallel.pipeline > 1:
+            table.add_row("fullest pipeline stage", *(str(figures[kind]["stage"]) for kind in RECOMPUTE))
         for name, label in _MEMORY_ROWS.items():
             table.add_row(label, *(f"{figures[kind][name]:.2f}" for kind in RECOMPUTE))
         table.add_row("total", *(self._colour(figures[kind]["total"], figures["usable"]) for kind in RECOMPUTE))
@@ -95,7 +96,7 @@ class Report:
         work = plan["work"]
         table = _table("work of a step", "")
         table.add_row("tokens", f"{work['tokens']:,}")
-        table.add_row("visible pairs of a sequence", f"{work['visible_pairs']:,.0f}")
+        table.add_row("visible pairs of a sequence of one document", f"{work['visible_pairs']:,.0f}")
         table.add_row("computed pairs, in whole tiles", f"{work['computed_pairs']:,.0f}")
         table.add_row("model FLOPs", f"{work['model_flops']:.4g}")
         table.add_row("hardware FLOPs", f"{work['hardware_flops']:.4g}")

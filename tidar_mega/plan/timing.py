@@ -22,6 +22,7 @@ ROPE_ELEMENTS = 11  # x (Q + K): turn, two products, sum and two copies, each by
 QUERY_ELEMENTS = 4  # x Q: q copied out of the product, the attention's output put in rows
 SWIGLU_ELEMENTS = 3  # x F: read two, write one
 LOGIT_BYTES = 60  # per logit: what `losses.py` reads and writes between its products
+OFFLOADED_BYTES = 34  # per weight of Adam on the host: as below, and the gradient down and the weight up
 OPTIMIZER_BYTES = 30  # per weight: gradient, master weight and moments read, the last three and the bf16 weight written
 ACCUMULATION_BYTES = 12  # per weight and micro-batch: its bf16 gradient written, then added to the float32 one
 
@@ -172,6 +173,8 @@ def _layer_waits(layout: Layout, hardware: Hardware) -> float:
 
 
 def _optimizer_seconds(layout: Layout, hardware: Hardware) -> float:
-    shards = layout.shards if layout.config.parallel.distributed_optimizer else 1
-    read = OPTIMIZER_BYTES * layout.parameters(0) / shards + FLOAT32 * layout.parameters(0)  # and gradients set to 0
-    return read / (1e9 * hardware.memory_gbs * hardware.memory_efficiency)
+    p, parameters = layout.config.parallel, layout.parameters(0)
+    mine = parameters / (layout.shards if p.distributed_optimizer else 1)
+    on_gpu = OPTIMIZER_BYTES * mine * (1 - p.optimizer_offload) + FLOAT32 * parameters  # gradients are set to 0
+    on_host = OFFLOADED_BYTES * mine * p.optimizer_offload
+    return on_gpu / (1e9 * hardware.memory_gbs * hardware.memory_efficiency) + on_host / (1e9 * hardware.host_gbs)

@@ -1,13 +1,11 @@
-"""Stopping in time: signals become one decision that all ranks take together at a step boundary."""
+"""Stopping in time: signals become one decision that all ranks take together at a step boundary.
+
+Nothing here imports torch at the top: the handlers must be there before such an import, which takes seconds.
+"""
 
 from __future__ import annotations
 
 import signal
-
-import torch
-import torch.distributed as dist
-
-from tidar_mega import device
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -25,7 +23,21 @@ class StopRequest:
 
     def agreed(self) -> str | None:
         """Collective. The name of the signal that any rank has received, or None."""
-        highest = torch.tensor(self.signal or 0, device=device.device())
-        dist.all_reduce(highest, op=dist.ReduceOp.MAX)
-        number = int(highest)
+        number = _highest(self.signal or 0)
         return signal.Signals(number).name if number else None
+
+
+def anywhere(truth: bool) -> bool:
+    """Collective. Whether `truth` holds on any rank."""
+    return bool(_highest(int(truth)))
+
+
+def _highest(number: int) -> int:
+    import torch
+    import torch.distributed as dist
+
+    from tidar_mega import device
+
+    highest = torch.tensor(number, device=device.device())
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+    return int(highest)

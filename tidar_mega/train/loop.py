@@ -20,8 +20,9 @@ from tidar_mega.data.stream import Stream, open_stream
 from tidar_mega.model import gpt
 from tidar_mega.parallel.mesh import Mesh
 from tidar_mega.train import optim
-from tidar_mega.train.health import StopRequest
+from tidar_mega.train.health import StopRequest, anywhere
 from tidar_mega.train.metrics import MetricsLog
+from tidar_mega.train.roll_call import RollCall
 from tidar_mega.train.step import Sums, Task, accumulate_gradients, micro_batches, summarise, validate
 
 
@@ -29,22 +30,26 @@ class TrainingError(UserError):
     """A run that must not go on, such as gradients that stay non-finite."""
 
 
-def train(config: Config, mesh: Mesh, stop: StopRequest) -> Progress:
+def train(config: Config, mesh: Mesh, stop: StopRequest, roll_call: RollCall | None = None) -> Progress:
     """Runs, or resumes, until train.steps are done or a stop is requested; returns how far it came.
 
     Raises ConfigError, DataError, CheckpointError or TrainingError.
     """
     run = Run.start(config, mesh)
+    run.roll_call = roll_call
     log, progress = run.log, run.state.progress
-    if progress.step >= config.train.steps:
+    if progress.step >= config.train.steps and anywhere(log.has_validation(progress.step)):
         log.say(f"already done: {progress.step} steps; raise train.steps to go on")
         log.close()
         return progress
     while progress.step < config.train.steps:
+        run.at("between steps")
+        run.publish()
         if run.is_due(config.train.eval_interval):
+            run.at("validation")
             log.validation(progress.step, validate(run.task, run.held_out, config.train.eval_sequences))
         if run.is_due(config.checkpoint.interval):
-            run.save()
+            run.save(wait=not config.checkpoint.asynchronous)
         if (signal := stop.agreed()) is not None:
             run.save()
             log.say(f"{signal}: stopped at step {progress.step}; the same command resumes here")
@@ -52,6 +57,7 @@ def train(config: Config, mesh: Mesh, stop: StopRequest) -> Progress:
             return progress
         run.step()
     log.say(f"done: {progress.step} steps; checkpoint {run.save()}")
+    run.at("validation")
     log.validation(progress.step, validate(run.task, run.held_out, config.train.final_eval_sequences))
     log.close()
     return progress
@@ -70,6 +76,12 @@ class Run:
     resumed_at: int
     lock: TextIO | None
     speed: Speed = field(default_factory=lambda: Speed())
+    roll_call: RollCall | None = None
+
+    def at(self, doing: str) -> None:
+        """Where this rank is, for the others to know if it does not answer."""
+        if self.roll_call is not None:
+            self.roll_call.at(self.state.progress.step, doing)
 
     @classmethod
     def start(cls, config: Config, mesh: Mesh) -> Run:
@@ -85,7 +97,7 @@ class Run:
         optimizer = optim.build_optimizer(config, chunks)
         state = TrainState(chunks, optimizer, optim.build_scheduler(config, optimizer), Progress())
         checkpoints = CheckpointStore(Path(config.run_dir) / "checkpoints", config.checkpoint.keep_last)
-        newest = checkpoints.newest()
+        newest = checkpoints.open(mesh)
         if newest is not None:
             resume(newest, config, stream, state)
         token_bytes = torch.as_tensor(tokenizer.token_bytes).to(device.device())
@@ -98,11 +110,27 @@ class Run:
         step = self.state.progress.step
         return interval > 0 and step > self.resumed_at and step % interval == 0
 
-    def save(self) -> Path:
+    def save(self, wait: bool = True) -> Path:
+        """The checkpoint of this step, published; without `wait`, it may still be in the hands of its writers."""
+        self.at("saving a checkpoint")
+        self.publish(wait=True)
+        path = self.checkpoints.path(self.state.progress.step)
+        if path != self.checkpoints.latest:
+            self._begin_to_save()
+            if not wait:
+                self.log.say(f"writing {path} while training goes on")
+        if wait:
+            self.publish(wait=True)
+        return path
+
+    def publish(self, wait: bool = False) -> None:
+        """Collective while a save is in flight: publishes it once all ranks have written it, or waits for that."""
+        published = self.checkpoints.finish(self.task.mesh, wait)
+        if published and self.task.config.checkpoint.asynchronous:
+            self.log.say(f"published {published}")
+
+    def _begin_to_save(self) -> None:
         progress = self.state.progress
-        path = self.checkpoints.folder / f"step_{progress.step:08d}"
-        if path in self.checkpoints.published():
-            return path
         meta = {
             "step": progress.step,
             "samples": progress.samples,
@@ -112,13 +140,15 @@ class Run:
         }
         parts, size = checkpoint_state.sharded(self.state), checkpoint_state.size_bytes(self.state)
         tokenizer = self.stream.tokenizer_folder
-        return self.checkpoints.save(self.task.mesh, progress.step, parts, meta, tokenizer, size)
+        self.checkpoints.begin(self.task.mesh, progress.step, parts, meta, tokenizer, size)
 
     def step(self) -> None:
         """One optimizer step on the next global batch."""
         config, progress = self.task.config, self.state.progress
+        self.at("reading samples")
         started = time.perf_counter()
         batch = list(micro_batches(self.task, self.stream, progress.samples, config.train.global_batch_size))
+        self.at("forward, backward and update")
         sums = accumulate_gradients(self.task, batch)
         norm, applied = optim.update(self.state.optimizer, config.optimizer.clip_grad)
         lr = self.state.optimizer.param_groups[0]["lr"]
@@ -141,6 +171,7 @@ class Run:
         if not applied:
             self.log.say(f"step {progress.step}: gradient norm is {norm}; step skipped")
         if progress.skipped_in_a_row >= limit:
+            self.publish(wait=True)
             raise TrainingError(
                 f"the gradient was not finite in {limit} steps in a row (train.nan_limit), last at step "
                 f"{progress.step}; the newest checkpoint is from before: lower optimizer.lr or look at the data"

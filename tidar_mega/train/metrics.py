@@ -55,6 +55,13 @@ class MetricsLog:
             print(f"validation at step {step} | {shown}", flush=True)
             self._write(step, "validation", figures)
 
+    def has_validation(self, step: int) -> bool:
+        """True on the main process if a validation at `step` is in the file, perhaps from before a restart."""
+        if not self.enabled or not self.path.is_file():
+            return False
+        lines = [json.loads(line) for line in self.path.read_text().splitlines()]
+        return any(line["kind"] == "validation" and line["step"] == step for line in lines)
+
     def say(self, text: str) -> None:
         if self.enabled:
             print(text, flush=True)

@@ -30,6 +30,7 @@ def wrap(config: Config, chunks: list[HybridGPT]) -> list[DistributedDataParalle
         use_distributed_optimizer=p.distributed_optimizer,
         overlap_grad_reduce=p.overlap_grad_reduce,
         overlap_param_gather=p.overlap_param_gather,
+        bucket_size=p.bucket_size,
         align_param_gather=p.overlap_param_gather and several,  # the interleaved schedule starts the gathers
         fp8_param_gather=config.precision.fp8_param_gather,
     )

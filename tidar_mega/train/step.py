@@ -20,6 +20,7 @@ from tidar_mega.config import Config
 from tidar_mega.data.stream import Stream
 from tidar_mega.losses import RowLosses, cross_entropy
 from tidar_mega.methods import Method
+from tidar_mega.model import precision
 from tidar_mega.model.attention import TrainingAttention, choose_backend
 from tidar_mega.parallel.context import Part, restore, split, whole
 from tidar_mega.parallel.mesh import Mesh
@@ -137,8 +138,7 @@ def _part(task: Task, rows: Rows) -> Part:
     """The rows that this rank of the context group computes."""
     if task.mesh.context.size() == 1:
         return whole(rows)
-    tensor = task.mesh.tensor.size() if task.config.parallel.sequence else 1
-    return split(rows, task.mesh.context, block=task.config.train.block, multiple=tensor)
+    return split(rows, task.mesh.context, task.config.train.block, precision.row_multiple(task.config))
 
 
 def _whole(task: Task, losses: RowLosses, rows: Rows, part: Part) -> tuple[Rows, RowLosses]:

@@ -1,0 +1,236 @@
+"""`tidar plan` as a command: speed, search, errors, and the parts of a prediction that can be checked by hand."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tidar_mega import cli
+from tidar_mega import config as config_module
+from tidar_mega.config import ConfigError, UserError
+from tidar_mega.plan.command import choose_vocab_size, parse_tokens
+from tidar_mega.plan.communication import group_link, transfers
+from tidar_mega.plan.hardware import KNOWN, choose
+from tidar_mega.plan.imbalance import packed, whole_sequence
+from tidar_mega.plan.layout import Layout, make_layout
+from tidar_mega.plan.memory import GIB, fp8_share, fullest_stage, stage_memory
+from tidar_mega.plan.search import MEMORY, overrides, search
+from tidar_mega.plan.timing import head_seconds, layer_seconds, predict
+
+ROOT = Path(__file__).parent.parent
+CONFIG = str(ROOT / "configs" / "tidar_8b.yaml")
+H100 = KNOWN["h100"]
+VOCAB = 151936
+
+
+def layout(gpus: int, *settings: str) -> Layout:
+    return make_layout(config_module.load(CONFIG, settings), VOCAB, gpus)
+
+
+def run(*arguments: str, code: int = 0) -> None:
+    assert cli.main(["plan", CONFIG, *arguments]) == code
+
+
+@pytest.mark.parametrize("arguments", [["--gpus", "64"], ["--gpus", "512", "--search"]], ids=["plan", "search"])
+def test_it_takes_less_than_two_seconds_and_no_torch(arguments):
+    """Of processor time, with the start of Python: what a user waits for on a machine that does nothing else."""
+    check = "import sys; from tidar_mega.cli import main; sys.exit(main(sys.argv[1:]) or 'torch' in sys.modules)"
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-c", check, "plan", CONFIG, *arguments], check=True, stdout=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
+
+
+def test_what_is_printed_is_what_is_written(tmp_path, capsys):
+    run("--gpus", "64", "parallel.context=2", "--json", str(tmp_path / "plan.json"), "--tokens", "1T")
+    out, plan = capsys.readouterr().out, json.loads((tmp_path / "plan.json").read_text())
+    assert plan["fits"] and "fits: " in out and plan["parameters"]["total"] == 8_190_735_360
+    assert f"{plan['time']['tokens_per_second']:,.0f}" in out
+    assert f"{plan['memory_gib']['none']['total']:.2f}" in out
+    assert f"{plan['time']['days']:.1f} days" in out and "1,000B tokens" in out
+    assert plan["time"]["step_seconds"] == pytest.approx(sum(v for k, v in plan["time"].items() if k in PARTS))
+    assert plan["context_imbalance"]["packed_worst"] >= plan["context_imbalance"]["packed_mean"] >= 1
+    assert "Qwen's, as data/qwen3 is not prepared" in out
+
+
+PARTS = [f"{p}_seconds" for p in ("products", "attention", "memory_bound", "bubble", "communication", "optimizer")]
+
+
+def test_a_plan_that_does_not_fit_says_so_and_how(capsys):
+    run("--gpus", "1", "parallel.tensor=1", "parallel.sequence=false", code=1)
+    assert "does not fit" in capsys.readouterr().out
+    run("--gpus", "8", "train.micro_batch_size=4", code=1)
+    assert "set parallel.recompute=full, or" in capsys.readouterr().out
+
+
+ERRORS = {
+    "--gpus=3": "must divide --gpus (3)",
+    "--gpus=0": "--gpus 0: must be above 0",
+    "parallel.data=8": "parallel.data = 8: 64 GPUs",
+    "--hardware=tpu": "must be one of a100",
+    "--matmul-efficiency=1.5": "--matmul-efficiency 1.5: must be at most 1",
+    "--nvlink-gbs=0": "--nvlink-gbs 0: must be above 0",
+    "--tokens=many": "--tokens many: must be a number",
+    "--vocab-size=0": "--vocab-size 0",
+    "train.micro_batch_size=3": "train.global_batch_size = 512: must be a multiple of",
+    "parallel.tensor=16": "model.num_query_groups",
+}
+
+
+@pytest.mark.parametrize("argument", ERRORS)
+def test_bad_input_is_one_clear_error(argument, capsys):
+    run("--gpus=64", argument, code=2)
+    assert ERRORS[argument] in capsys.readouterr().err
+
+
+def test_fp8_needs_hardware_that_has_it():
+    fp8 = config_module.load(CONFIG, ["precision.fp8=mxfp8"])
+    with pytest.raises(ConfigError, match="precision.fp8 = mxfp8: must be none on A100"):
+        choose("a100", {}, fp8)
+    with pytest.raises(ConfigError, match="before Blackwell"):
+        choose("h100", {}, fp8)
+    assert choose("b200", {"memory_gib": 170.0}, fp8).memory_gib == 170
+
+
+def test_the_vocabulary_is_the_tokenizers_if_there_is_one(tmp_path):
+    from tidar_mega.data.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.train(["some text of no account, and some more text"], 270)
+    tokenizer.save(tmp_path / "tokenizer")
+    config = config_module.load(CONFIG, [f"data.path={tmp_path}"])
+    assert choose_vocab_size(None, config)[0] == tokenizer.vocab_size
+    assert choose_vocab_size(500, config) == (500, "--vocab-size")
+
+
+def test_tokens_take_suffixes():
+    plan = layout(64)
+    assert [parse_tokens(t, plan) for t in ("1T", "50B", "2e12", "3m")] == [1e12, 5e10, 2e12, 3e6]
+    assert parse_tokens(None, plan) == 71526 * 512 * 4096
+    for bad in ("", "-1B", "inf", "B"):
+        with pytest.raises(UserError):
+            parse_tokens(bad, plan)
+
+
+# memory
+
+
+def test_the_optimizer_is_divided_over_all_ranks_with_the_same_weights():
+    one, many = stage_memory(layout(2), 0), stage_memory(layout(64), 0)
+    assert one.optimizer == 32 * many.optimizer and one.gradients == many.gradients
+    assert one.optimizer == 12 * layout(2).parameters(0)
+    assert stage_memory(layout(64, "parallel.context=2"), 0).optimizer == many.optimizer
+    plain = ["parallel.distributed_optimizer=false", "parallel.overlap_param_gather=false"]
+    assert stage_memory(layout(64, *plain), 0).optimizer == one.optimizer
+    assert stage_memory(layout(64, "parallel.optimizer_offload=0.75"), 0).optimizer == many.optimizer / 4
+
+
+def test_fp8_keeps_smaller_inputs_and_more_weights():
+    fp8 = ["precision.fp8=tensorwise", "precision.bf16_first_layers=1", "precision.bf16_last_layers=1"]
+    wide, narrow = stage_memory(layout(64), 0), stage_memory(layout(64, *fp8), 0)
+    assert narrow.activations < wide.activations and narrow.weights > wide.weights
+    assert fp8_share(layout(64, *fp8)) == pytest.approx(34 / 36)
+    gathered = stage_memory(layout(64, *fp8, "precision.fp8_param_gather=true"), 0)
+    assert gathered.weights == pytest.approx(wide.weights)  # two bytes either way
+
+
+# time
+
+
+def test_an_optimizer_on_the_host_takes_longer():
+    here, there = (predict(layout(64, f"parallel.optimizer_offload={share}"), H100) for share in (0, 1))
+    assert there.optimizer > 5 * here.optimizer and there.products == here.products
+
+
+def test_a_step_is_that_of_a_played_pipeline_whose_last_stage_is_slower():
+    from tests.test_plan import one_forward_one_backward
+
+    settings = ("parallel.pipeline=4", "parallel.overlap_grad_reduce=false", "parallel.overlap_param_gather=false")
+    plan = layout(64, *settings)
+    fast = replace(H100, nvlink_gbs=1e12, internode_gbs=1e12)  # communication has its own tests
+    stage = layer_seconds(plan, fast).total * plan.stage_layers
+    stages = [stage] * 3 + [stage + head_seconds(plan, fast).total]
+    timing = predict(plan, fast)
+    assert timing.step - timing.optimizer == pytest.approx(
+        one_forward_one_backward(stages, plan.micro_batches), rel=1e-6
+    )
+
+
+def test_recomputation_costs_a_forward():
+    none, full = (layer_seconds(layout(64, f"parallel.recompute={kind}"), H100) for kind in ("none", "full"))
+    assert full.products == pytest.approx(none.products * 4 / 3)
+    assert full.attention == pytest.approx(none.attention * 4.5 / 3.5)
+    selective = layer_seconds(layout(64, "parallel.recompute=selective"), H100)
+    assert (selective.products, selective.attention) == (none.products, full.attention)
+
+
+@pytest.mark.parametrize(
+    "size, stride, crosses, rate",
+    [(8, 1, False, 450), (2, 4, False, 450), (16, 1, True, 400), (16, 2, True, 200), (4, 8, True, 50)],
+)
+def test_a_group_that_leaves_the_node_shares_its_network_cards(size, stride, crosses, rate):
+    link = group_link(replace(H100, network_efficiency=1.0), size, stride)
+    assert (link.crosses_nodes, link.bytes_per_second) == (crosses, rate * 1e9)
+
+
+def test_gradients_and_weights_are_sent_once_a_step():
+    plan = layout(64)
+    sent = {t.what: t for t in transfers(plan, H100, layer_seconds(plan, H100).total) if t.kind == "data"}
+    parameters = plan.parameters(0)
+    assert sent["gradients, once a step"].bytes == pytest.approx(4 * parameters * 31 / 32)
+    assert sent["weights, once a step"].bytes == pytest.approx(2 * parameters * 31 / 32)
+    exposed = layout(64, "parallel.overlap_grad_reduce=false", "parallel.overlap_param_gather=false")
+    for t in transfers(exposed, H100, 1.0):
+        if t.kind == "data":
+            assert t.exposed == t.seconds > sent[t.what].exposed
+
+
+def test_context_ranks_are_even_with_and_without_packing():
+    config = config_module.load(CONFIG, ["parallel.context=4"])
+    assert 1 <= whole_sequence(config) < 1.01
+    drawn = packed(config, 1000)
+    assert 1 <= drawn.mean <= drawn.worst < 1.05 and 0.1 < drawn.pairs < 1
+
+
+# search
+
+
+@pytest.mark.parametrize("gpus, settings", [(8, []), (64, []), (48, ["train.global_batch_size=528"])])
+def test_every_layout_of_a_search_is_allowed_and_fits(gpus, settings):
+    config = config_module.load(CONFIG, settings)
+    found = search(config, VOCAB, gpus, H100)
+    assert len(found.best) > 10
+    for candidate in found.best:
+        p = candidate.layout.config.parallel
+        assert p.model_size * candidate.layout.data == gpus and p.tensor <= 8
+        assert candidate.memory.total <= H100.usable_bytes
+    speeds = [c.timing.tokens_per_second for c in found.best]
+    assert speeds == sorted(speeds, reverse=True)
+    for candidate in found.best[:20]:  # the settings that are printed are all that it takes
+        again = make_layout(config_module.override(config, overrides(candidate.layout)), VOCAB, gpus)
+        assert fullest_stage(again)[1] == candidate.memory
+        assert predict(again, H100, whole_sequence(again.config)).step == pytest.approx(candidate.timing.step)
+
+
+def test_a_search_says_what_rules_layouts_out(capsys):
+    found = search(config_module.load(CONFIG), VOCAB, 8, replace(H100, memory_gib=24.0))
+    assert found.refused[MEMORY] > 0 and "model.num_layers" in found.refused
+    none = search(config_module.load(CONFIG), VOCAB, 8, replace(H100, memory_gib=10.0))
+    assert not none.best and none.nearest[1].total > 4 * GIB
+    run("--gpus", "8", "--search", "--memory-gib", "10", code=1)
+    out = capsys.readouterr().out
+    assert "no layout fits" in out and "the least is" in out and "ruled out by" in out
+
+
+def test_the_printed_command_is_the_best_layout(tmp_path, capsys):
+    run("--gpus", "16", "--search", "train.loss_chunk=1024", "--json", str(tmp_path / "found.json"))
+    command = capsys.readouterr().out.split("the fastest in full:")[1].split()
+    assert command[:2] == ["tidar", "plan"] and "train.loss_chunk=1024" in command
+    assert cli.main([*command[1:], "--json", str(tmp_path / "best.json")]) == 0
+    found, best = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("found", "best"))
+    assert found["best"][0]["tokens_per_second"] == pytest.approx(best["time"]["tokens_per_second"])

@@ -1,0 +1,136 @@
+"""When one rank fails, all end within seconds, and what is said first is what went wrong and on which rank."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import NoReturn
+
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+from tidar_mega import device
+from tidar_mega.config import Config, UserError
+from tidar_mega.parallel.failures import of_communication
+from tidar_mega.train.health import anywhere
+from tidar_mega.train.roll_call import GRACE_SECONDS, Note, RollCall, Survey, say
+
+
+def join(config: Config, local_rank: int) -> None:
+    """Joins the process group that the launcher described. Raises UserError if not all processes come."""
+    _record_collectives(config)
+    try:
+        device.start_process_group(config, local_rank)
+    except dist.DistError as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise UserError(
+            f"WORLD_SIZE = {os.environ.get('WORLD_SIZE')}: not all processes met at {where} within "
+            f"{config.parallel.timeout_minutes:g} minutes, parallel.timeout_minutes ({_first_line(error)}); "
+            "look at the logs of the others, and whether they can reach that address"
+        ) from error
+
+
+def _record_collectives(config: Config) -> None:
+    """With NCCL, a collective that times out ends its process and leaves a record of the last ones in the run folder."""
+    for name, value in {
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_FR_BUFFER_SIZE": "2000",
+        "TORCH_FR_DUMP_TEMP_FILE": f"{config.run_dir}/nccl_trace_rank_",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+@contextlib.contextmanager
+def opened(config: Config) -> Iterator[RollCall]:
+    """After `join`. An exception inside is reported, and ends this process and, within seconds, all others."""
+    seconds = 60 * config.parallel.timeout_minutes
+    # NCCL ends the process from a thread of its own, so who is missing must be said before
+    warn_seconds = 0.9 * seconds if dist.get_backend() == "nccl" else float("inf")
+    roll_call = RollCall(dist.get_rank(), dist.get_world_size(), _store_of_the_launcher, warn_seconds)
+    try:
+        yield roll_call
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        _end(roll_call, error, config.parallel.timeout_minutes)
+    anywhere(False)  # all are done
+    roll_call.stop()
+    anywhere(False)  # no rank talks to the store any more, which may live in one of them
+
+
+def _store_of_the_launcher() -> dist.Store:
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    socket.create_connection((address, port), GRACE_SECONDS).close()  # torch would say at length that nobody is there
+    timeout = timedelta(seconds=GRACE_SECONDS)
+    store = dist.TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False)
+    return dist.PrefixStore(f"roll call {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def _end(roll_call: RollCall, error: BaseException, timeout_minutes: float) -> NoReturn:
+    """Says what has failed first, here or on another rank, and ends this process."""
+    roll_call.ending = True
+    sys.stdout.flush()
+    rank = roll_call.rank
+    text, shown, code = _own_failure(roll_call, error)
+    note = None
+    if of_communication(error):  # another rank is to blame
+        answer = roll_call.ask()
+        if isinstance(answer, Note):
+            note = answer
+        else:
+            text = _missing(roll_call, error, timeout_minutes, answer)
+            shown = f"[rank {rank}] error: {text}"
+    note = note or roll_call.leave(code, text)
+    if note.rank == rank:
+        say(shown)
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun shows the first one at the end
+            get_error_handler().record_exception(error)
+    elif of_communication(error):
+        say(note.consequence(rank))
+    elif note.text != text:
+        say(f"[rank {rank}] after rank {note.rank} had failed:\n{shown}")
+    sys.stdout.flush()
+    # not through Python's exit, which waits for writers of checkpoints and for process groups with lost ranks
+    os._exit(note.code)
+
+
+def _own_failure(roll_call: RollCall, error: BaseException) -> tuple[str, str, int]:
+    """(one line for other ranks, what to print, exit code)"""
+    if isinstance(error, UserError):
+        prefix = f"[rank {roll_call.rank}] " if roll_call.rank else ""
+        return str(error), f"{prefix}error: {error}", 2
+    trace = "".join(traceback.format_exception(error))
+    text = f"{type(error).__name__}: {_first_line(error)}"
+    return text, f"[rank {roll_call.rank}] failed at {roll_call.place}:\n{trace}", 1
+
+
+def _missing(roll_call: RollCall, error: BaseException, timeout_minutes: float, survey: Survey | None) -> str:
+    """Who did not take part in the operation that has failed, and where they were."""
+    limit = f" within {timeout_minutes:g} minutes (parallel.timeout_minutes)" if "imed out" in str(error) else ""
+    if survey is None:
+        who = "rank 0 did not take part, and the store that it holds is gone"
+    else:
+        who = survey.blame(roll_call.place) or f"all ranks answer, so look at the network ({_first_line(error)})"
+    return (
+        f"{_operation(error)} did not come to its end{limit} at {roll_call.place}: {who}; "
+        "look at its log and its machine; the same command resumes from the newest checkpoint"
+    )
+
+
+def _operation(error: BaseException) -> str:
+    """Which call has failed, and where in our code: the first of torch.distributed's own functions in the trace."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [f for f in frames if "/tidar_mega/" in f.filename and f.filename != __file__]
+    torchs = [f.name for f in frames if "/torch/distributed/" in f.filename and f.name != "wrapper"]
+    name = torchs[0] if torchs else frames[-1].line
+    return f"{name} ({ours[-1].filename.rpartition('/tidar_mega/')[2]}:{ours[-1].lineno})" if ours else str(name)
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
