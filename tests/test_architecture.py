@@ -14,14 +14,15 @@ MAY_IMPORT = {
     "config": set(),
     "rows": set(),
     "plan": {"config", "parallel"},  # of parallel only balance.py, which needs no torch
-    "launch": {"config", "plan"},
+    "lifetime": set(),
+    "launch": {"config", "plan", "lifetime"},
     "device": {"config"},
     "parallel": {"config", "rows", "device"},
     "data": {"config", "rows"},
     "losses": {"rows", "parallel"},
     "methods": {"config", "rows", "losses"},
     "model": {"config", "rows", "device", "parallel"},
-    "checkpoint": {"config", "parallel", "model", "device"},
+    "checkpoint": {"config", "lifetime", "parallel", "model", "device"},
     "train": {"config", "plan", "rows", "device", "parallel", "data", "losses", "methods", "model", "checkpoint"},
     "decode": {"config", "rows", "device", "parallel", "data", "methods", "model", "checkpoint"},
 }

@@ -83,7 +83,7 @@ def trained(world, text) -> HybridGPT:
     """A model trained for some seconds, with blocks of all tested sizes in turn."""
     config = tiny_config()
     torch.manual_seed(0)
-    model = build(config, Bytes.vocab_size)
+    (model,) = build(config, Bytes.vocab_size)
     methods = [Tidar(replace(config, train=replace(config.train, block=b)), Bytes.mask) for b in BLOCKS]
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.95), weight_decay=0.05)
     draw = torch.Generator().manual_seed(0)
@@ -232,7 +232,8 @@ def test_every_outcome_commits_and_drafts_what_separate_forwards_say(world, bloc
 
 def sharp_model() -> HybridGPT:
     """A model in float64 with large weights, the same every time, whose rows all say something else."""
-    model = build(tiny_config(qk_layernorm=True, add_qkv_bias=True), Bytes.vocab_size).double()
+    (model,) = build(tiny_config(qk_layernorm=True, add_qkv_bias=True), Bytes.vocab_size)
+    model = model.double()
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():

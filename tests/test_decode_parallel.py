@@ -29,7 +29,8 @@ def _decode(rank: int, tensor: int) -> dict[str, list[list[int]]]:
     # weights are cut from one full draw, so they are equal in every layout; large, so that ids differ in likelihood
     config = replace(config, parallel=ParallelConfig(tensor=tensor), model=replace(config.model, init_std=0.2))
     build_mesh(config)
-    engine = Engine(build(config, Bytes.vocab_size, training=False), Bytes(), block=4, capacity=128)
+    (model,) = build(config, Bytes.vocab_size, training=False)
+    engine = Engine(model, Bytes(), block=4, capacity=128)
     found = {mode: [g.tokens for g in engine.generate(PROMPTS, PARAMS, mode)] for mode in ("fused", "ar")}
     return found | {"alone": [engine.generate([p], s)[0].tokens for p, s in zip(PROMPTS, PARAMS, strict=True)]}
 

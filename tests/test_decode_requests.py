@@ -27,7 +27,7 @@ SAMPLED = SamplingParams(max_tokens=40, temperature=1.0, seed=7)
 def model():
     device.start_alone()
     build_mesh(tiny_config())
-    model = build(tiny_config(), Bytes.vocab_size)
+    (model,) = build(tiny_config(), Bytes.vocab_size)
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():  # far from its start, where all ids are equally likely
@@ -83,7 +83,7 @@ def test_end_of_document_stops_unless_told_otherwise(model):
 
 def build_with_loud_eod(model, ids=(Bytes.eod,)):
     """A model that wants nothing but the given ids."""
-    loud = build(tiny_config(), Bytes.vocab_size)
+    (loud,) = build(tiny_config(), Bytes.vocab_size)
     loud.load_state_dict(model.state_dict())
     loud.requires_grad_(False)
     loud.head_weight.zero_()
@@ -122,7 +122,8 @@ def test_a_drafter_that_thinks_as_ar_does_is_never_rejected(model, block, temper
 
 
 def test_bfloat16_decodes_in_both_modes(model):
-    half = build(tiny_config(), Bytes.vocab_size).bfloat16()
+    (half,) = build(tiny_config(), Bytes.vocab_size)
+    half = half.bfloat16()
     for mode in ("fused", "ar"):
         found = engine(half).generate(PROMPTS, replace(SAMPLED, stop_tokens=()), mode)
         assert [len(g.tokens) for g in found] == [40] * 4
@@ -222,7 +223,7 @@ def test_the_stream_yields_what_generate_gives(model):
     assert [t for c in commits for t in c.tokens] == whole.tokens
     assert [len(c.tokens) for c in commits] == whole.commits
     assert [c.accepted for c in commits[1:]] == whole.accepted and commits[0].draft == []
-    assert all(c.finished is None for c in commits[:-1]) and commits[-1].finished == "length"
+    assert all(c.finished is None for c in commits[:-1]) and commits[-1].finished == whole.finish_reason
     output = whole.tokens
     for before, commit in enumerate(commits[1:], start=1):
         place = sum(len(c.tokens) for c in commits[:before])

@@ -7,7 +7,6 @@ What is on a GPU is copied to the host before.
 
 from __future__ import annotations
 
-import functools
 import gc
 import os
 import pickle
@@ -15,18 +14,18 @@ import queue
 import signal
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed import ProcessGroup
 
 from tidar_mega.lifetime import end_with
 
+_FORMAT = ("torch_dist", 1)
 _POLL_SECONDS = 0.05
 
 
@@ -44,7 +43,7 @@ class Writer:
         """
         assert not self.calls.async_calls, "one save at a time"
         self.results = filesystem_async._results_queue = _Results()
-        divided = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), replicas)
+        divided = FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy(*_FORMAT, thread_count=1), replicas)
         request = dist_checkpointing.save(parts, folder, divided, async_sharded_save=True, content_metadata=metadata)
         if request.async_fn is not None:  # else this rank has nothing to write
             # megatron's own function forks once more for each file, and hangs if one of those processes is killed
@@ -75,11 +74,10 @@ class Writer:
 
 
 def _write(parent: int, transforms: list, buckets: list, results) -> None:
-    """In the writing process: all files of this rank at once, then what became of them."""
+    """In the writing process: the files of this rank, then what became of them."""
     end_with(parent)
     gc.disable()  # it would free the parent's CUDA tensors
-    with ThreadPoolExecutor(len(buckets)) as threads:
-        outcomes = list(threads.map(functools.partial(_write_file, transforms), range(len(buckets)), buckets))
+    outcomes = [_write_file(transforms, index, bucket) for index, bucket in enumerate(buckets)]
     failure = next((outcome for outcome in outcomes if isinstance(outcome, Exception)), None)
     results.put(_of_disk(failure) if failure else dict(enumerate(outcomes)))
 

@@ -25,9 +25,10 @@ from torch.nn.functional import pad
 
 from tidar_mega.model.tile_plan import Range, Structure, Tile
 
-BAND = 256  # query rows of a band; below 192 the kernel works on blocks of 32 rows instead of 64, and is 10 % slower
-SLACK = 192  # keys that a tile of a band may see beyond the common ones: they go through its mask, to no effect
-FEW = 32  # common keys that are not worth a call of their own
+BAND = 768  # query rows of a band: from here on the kernel works on blocks of 256, which spares the caches most
+SLACK = 384  # free keys by which the tiles of a band may differ; what is not common goes through a tile's mask
+FEW = 32  # free keys that are not worth a call of their own
+MASKS = 32  # masks that are kept for the next tiles: one document needs a few, and packed documents share hardly any
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -38,13 +39,12 @@ class FlashTiles(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q_TBHE: Tensor, k_KBGE: Tensor, v_KBGE: Tensor, scale: float, plan: tuple[Structure, ...]):
-        out_TBHE = torch.zeros(q_TBHE.shape, dtype=q_TBHE.dtype)
-        lses = []
+        parts = []
         for structure in plan:
             q, k, v = (_sequences(x, structure) for x in (q_TBHE, k_KBGE, v_KBGE))
-            part_TBHE = _room_for(out_TBHE, structure)
-            lses.append(_forward(q, _wide(k), _wide(v), scale, structure, part_TBHE))
-            _put(out_TBHE, part_TBHE, structure)
+            parts.append(_forward(q, _for_kernel(k), _for_kernel(v), scale, structure))
+        outs, lses = zip(*parts, strict=True)
+        out_TBHE = _join(outs, plan)
         ctx.save_for_backward(q_TBHE, k_KBGE, v_KBGE, out_TBHE, *lses)
         ctx.scale, ctx.plan = scale, plan
         return out_TBHE
@@ -53,19 +53,19 @@ class FlashTiles(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g_TBHE: Tensor):
         q_TBHE, k_KBGE, v_KBGE, out_TBHE, *lses = ctx.saved_tensors
-        dq_TBHE, dk_KBGE, dv_KBGE = (torch.zeros(x.shape, dtype=x.dtype) for x in (q_TBHE, k_KBGE, v_KBGE))
+        parts = []
         for structure, lse_BHT in zip(ctx.plan, lses, strict=True):
             q, k, v, o, g = (_sequences(x, structure) for x in (q_TBHE, k_KBGE, v_KBGE, out_TBHE, g_TBHE))
-            part_TBHE = _room_for(dq_TBHE, structure)
-            dk, dv = _backward(q, _wide(k), _wide(v), o, g, lse_BHT, ctx.scale, structure, part_TBHE)
-            _put(dq_TBHE, part_TBHE, structure)
-            _put(dk_KBGE, dk, structure)
-            _put(dv_KBGE, dv, structure)
+            parts.append(_backward(q, _for_kernel(k), _for_kernel(v), o, g, lse_BHT, ctx.scale, structure))
+        dq_TBHE, dk_KBGE, dv_KBGE = (_join(x, ctx.plan).to(q_TBHE.dtype) for x in zip(*parts, strict=True))
         return dq_TBHE, dk_KBGE, dv_KBGE, None, None
 
 
-def _forward(q_TBHE: Tensor, k_KBGE: Tensor, v_KBGE: Tensor, scale: float, structure: Structure, out_TBHE: Tensor):
-    """Writes the output; returns the log-sum-exp of each row in the order of the tiles, [B, H, T]."""
+def _forward(
+    q_TBHE: Tensor, k_KBGE: Tensor, v_KBGE: Tensor, scale: float, structure: Structure
+) -> tuple[Tensor, Tensor]:
+    """The output, and the log-sum-exp of each row in the order of the tiles, [B, H, T]."""
+    out_TBHE = torch.zeros(q_TBHE.shape, dtype=q_TBHE.dtype)  # rows in no tile stay 0
     lse_BHT = k_KBGE.new_zeros(*q_TBHE.shape[1:3], len(q_TBHE))
     for rows, pieces, sees_R in _bands(structure, k_KBGE.dtype):
         place_R = structure.row_order[rows]
@@ -83,7 +83,7 @@ def _forward(q_TBHE: Tensor, k_KBGE: Tensor, v_KBGE: Tensor, scale: float, struc
             lse_BHR.masked_fill_(sees_R == 0, float("inf"))  # probabilities of 0 in the backward
         out_TBHE.index_copy_(0, place_R, out_BHRE.permute(2, 0, 1, 3).to(out_TBHE.dtype))
         lse_BHT[:, :, rows] = lse_BHR
-    return lse_BHT
+    return out_TBHE, lse_BHT
 
 
 def _merge(out_BHRE: Tensor, lse_BHR: Tensor, part_BHRE: Tensor, part_BHR: Tensor, bias_RL: Tensor | None) -> None:
@@ -104,9 +104,9 @@ def _backward(
     lse_BHT: Tensor,
     scale: float,
     structure: Structure,
-    dq_TBHE: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Writes dq; returns dk and dv."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq in the type of q; dk and dv as they were added up."""
+    dq_TBHE = torch.zeros(q_TBHE.shape, dtype=q_TBHE.dtype)
     dk_KBGE, dv_KBGE = torch.zeros_like(k_KBGE), torch.zeros_like(v_KBGE)
     for rows, pieces, _ in _bands(structure, k_KBGE.dtype):
         place_R = structure.row_order[rows]
@@ -123,7 +123,7 @@ def _backward(
             piece.add_to(dk_KBGE, dk)
             piece.add_to(dv_KBGE, dv)
         dq_TBHE.index_copy_(0, place_R, dq_BHRE.permute(2, 0, 1, 3).to(dq_TBHE.dtype))
-    return dk_KBGE, dv_KBGE
+    return dq_TBHE, dk_KBGE, dv_KBGE
 
 
 @dataclass(frozen=True)
@@ -152,16 +152,16 @@ def _bands(structure: Structure, dtype: torch.dtype) -> Iterator[tuple[slice, li
     Rows that see nothing are in a tile without free keys, which is a band of its own."""
     biases: dict[tuple[int, int], Tensor] = {}  # equal ones are made once, as in the plan
     for band in _neighbours(structure.tiles):
-        start, common = band[0].start, _common(band)
-        pieces = []
-        if common:
-            first = band[0].keys[0][0]
-            pieces.append(Piece(slice(0, band[-1].stop - start), ((first, first + common),), None))
+        start, first = band[0].start, band[0].keys[0][0]
+        common = min(t.free for t in band)
+        common = common if common >= FEW else 0
+        pieces = [Piece(slice(0, band[-1].stop - start), ((first, first + common),), None)] if common else []
         for tile in band:
-            (a, b), *others = tile.keys
-            keys = ((a + common, b), *others) if a + common < b else tuple(others)
+            keys = ((first + common, tile.keys[0][1]), *tile.keys[1:])
+            keys = tuple((a, b) for a, b in keys if a < b)
             if keys:
-                pieces.append(Piece(slice(tile.start - start, tile.stop - start), keys, _bias(tile, common, dtype, biases)))
+                bias_RL = _bias(tile, tile.free - common, dtype, biases)
+                pieces.append(Piece(slice(tile.start - start, tile.stop - start), keys, bias_RL))
         yield slice(start, band[-1].stop), pieces, band[0].sees_R
 
 
@@ -169,40 +169,45 @@ def _neighbours(tiles: tuple[Tile, ...]) -> list[list[Tile]]:
     """The tiles of each band."""
     bands: list[list[Tile]] = []
     for tile in tiles:
-        band = bands[-1] if bands else []
-        if band and tile.start == band[-1].stop and band[-1].stop - band[0].start < BAND:
-            frees = [t.free for t in (*band, tile)]
-            if tile.keys[0][0] == band[0].keys[0][0] and min(frees) >= FEW and max(frees) - min(frees) <= SLACK:
-                band.append(tile)
-                continue
-        bands.append([tile])
+        if bands and _belongs(tile, bands[-1]):
+            bands[-1].append(tile)
+        else:
+            bands.append([tile])
     return bands
 
 
-def _common(band: list[Tile]) -> int:
-    """How many leading keys all rows of the band meet in one call."""
-    free = min(tile.free for tile in band)
-    return free if free >= FEW else 0
+def _belongs(tile: Tile, band: list[Tile]) -> bool:
+    frees = [t.free for t in (*band, tile)]
+    return (
+        tile.start == band[-1].stop
+        and tile.start - band[0].start < BAND
+        and tile.keys[0][0] == band[0].keys[0][0]
+        and min(frees) >= FEW
+        and max(frees) - min(frees) <= SLACK
+    )
 
 
-def _bias(tile: Tile, common: int, dtype: torch.dtype, biases: dict) -> Tensor | None:
-    """The additive mask [R, L] of the tile's keys behind the `common` ones."""
+def _bias(tile: Tile, more: int, dtype: torch.dtype, biases: dict) -> Tensor | None:
+    """The additive mask [R, L] of a tile's keys: the last `more` of the free ones and all that are not free."""
     if tile.bias_LR is None:
         return None
-    key = (id(tile.bias_LR), tile.free - common)
+    key = (id(tile.bias_LR), more)
+    if len(biases) > MASKS:
+        biases.clear()
     if key not in biases:
-        biases[key] = pad(tile.bias_LR.T.to(dtype), (tile.free - common, 0)).contiguous()
+        biases[key] = pad(tile.bias_LR.T.to(dtype), (more, 0)).contiguous()
     return biases[key]
 
 
 def _take(x_TBHE: Tensor, place_R: Tensor) -> Tensor:
     """The rows of a band as the kernel wants them, [B, H, R, E]."""
-    return _wide(x_TBHE.index_select(0, place_R)).permute(1, 2, 0, 3)
+    return _for_kernel(x_TBHE.index_select(0, place_R)).permute(1, 2, 0, 3)
 
 
-def _wide(x: Tensor) -> Tensor:
+def _for_kernel(x: Tensor) -> Tensor:
+    """In a type that the kernel is fast in, and with the head width along memory, as it takes for granted."""
     x = x if x.dtype == torch.float64 else x.float()
-    return x if x.stride(-1) == 1 else x.contiguous()  # the kernel reads along the heads without asking
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _sequences(x_TBHE: Tensor, structure: Structure) -> Tensor:
@@ -210,15 +215,9 @@ def _sequences(x_TBHE: Tensor, structure: Structure) -> Tensor:
     return x_TBHE if len(structure.sequences) == x_TBHE.shape[1] else x_TBHE[:, structure.sequences]
 
 
-def _room_for(whole_TBHE: Tensor, structure: Structure) -> Tensor:
-    """Where the structure's sequences of a result are to be written: the result itself if that is all of them."""
-    shape = (len(whole_TBHE), len(structure.sequences), *whole_TBHE.shape[2:])
-    return whole_TBHE if shape == whole_TBHE.shape else whole_TBHE.new_zeros(shape)
-
-
-def _put(whole_TBHE: Tensor, part_TBHE: Tensor, structure: Structure) -> None:
-    """Puts the result of the structure's sequences to its place, in the type of the whole."""
-    if part_TBHE.shape == whole_TBHE.shape:
-        whole_TBHE.copy_(part_TBHE)
-    else:
-        whole_TBHE[:, structure.sequences] = part_TBHE.to(whole_TBHE.dtype)
+def _join(parts: tuple[Tensor, ...], plan: tuple[Structure, ...]) -> Tensor:
+    """A result from its parts, one for each structure."""
+    if len(parts) == 1:
+        return parts[0]
+    sequences = torch.cat([structure.sequences for structure in plan])
+    return torch.cat(parts, dim=1).index_select(1, sequences.argsort())

@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from datetime import timedelta
@@ -18,7 +19,7 @@ from tidar_mega import device
 from tidar_mega.config import Config, UserError
 from tidar_mega.parallel.failures import of_communication
 from tidar_mega.train.health import anywhere
-from tidar_mega.train.roll_call import GRACE_SECONDS, Note, RollCall, Survey, say
+from tidar_mega.train.roll_call import GRACE_SECONDS, PERIOD_SECONDS, Note, RollCall, Survey, say
 
 
 def join(config: Config, local_rank: int) -> None:
@@ -36,7 +37,8 @@ def join(config: Config, local_rank: int) -> None:
 
 
 def _record_collectives(config: Config) -> None:
-    """With NCCL, a collective that times out ends its process and leaves a record of the last ones in the run folder."""
+    """With NCCL, a collective that times out ends its process, and leaves a record of the last ones in the run folder:
+    torch reads this from the environment."""
     for name, value in {
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
@@ -85,7 +87,7 @@ def _end(roll_call: RollCall, error: BaseException, timeout_minutes: float) -> N
             note = answer
         else:
             text = _missing(roll_call, error, timeout_minutes, answer)
-            shown = f"[rank {rank}] error: {text}"
+            shown, code = f"[rank {rank}] error: {text}", 2
     note = note or roll_call.leave(code, text)
     if note.rank == rank:
         say(shown)
@@ -96,6 +98,8 @@ def _end(roll_call: RollCall, error: BaseException, timeout_minutes: float) -> N
     elif note.text != text:
         say(f"[rank {rank}] after rank {note.rank} had failed:\n{shown}")
     sys.stdout.flush()
+    if rank == 0:
+        time.sleep(2 * PERIOD_SECONDS)  # the store may end with this process: the others must have read the note
     # not through Python's exit, which waits for writers of checkpoints and for process groups with lost ranks
     os._exit(note.code)
 

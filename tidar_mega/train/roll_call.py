@@ -85,6 +85,7 @@ class RollCall:
         self._connect = connect
         self._warn_seconds = warn_seconds
         self._place, self._since, self._warned = Place(0, "starting"), time.monotonic(), False
+        self._note: Note | None = None  # of another rank
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._speak, daemon=True)
         self._thread.start()
@@ -99,7 +100,7 @@ class RollCall:
 
     def ask(self) -> Note | Survey | None:
         """The first note that a rank has left, else where all ranks are; None where the store does not answer."""
-        return _within(SURVEY_SECONDS + GRACE_SECONDS, lambda: _first_note(s := self._connect()) or self._survey(s))
+        return self._note or _within(SURVEY_SECONDS + GRACE_SECONDS, self._ask)
 
     def leave(self, code: int, text: str) -> Note:
         """Leaves a note that this rank ends, and returns the first one that any rank has left."""
@@ -119,6 +120,7 @@ class RollCall:
                 store.set(f"place {self.rank}", json.dumps(asdict(words)))
                 note = _first_note(store)
                 if note is not None and note.rank != self.rank:
+                    self._note = note
                     self._follow(note)
                 if self._stop.wait(PERIOD_SECONDS):
                     return
@@ -142,6 +144,10 @@ class RollCall:
             blame = self._survey(store).blame(here)
             if blame and store.add(f"warned at {here}", 1) == 1:
                 say(f"[rank {self.rank}] warning: waiting for {self._warn_seconds:.0f} s at {here}; {blame}")
+
+    def _ask(self) -> Note | Survey:
+        store = self._connect()
+        return _first_note(store) or self._survey(store)
 
     def _survey(self, store: Store) -> Survey:
         before = self._places(store)
@@ -183,7 +189,10 @@ def _within(seconds: float, action: Callable):
             result.append(action())
 
     thread = threading.Thread(target=act, daemon=True)
-    with contextlib.suppress(RuntimeError):  # no memory for a thread
+    try:
         thread.start()
+    except RuntimeError:  # no memory for a thread
+        act()
+    else:
         thread.join(seconds)
     return result[0] if result else None
