@@ -1,14 +1,19 @@
-"""Checkpoints: a resume is bit for bit the run that never stopped; damage is named; no half is published."""
+"""Checkpoints: a resume is bit for bit the run that never stopped; damage is named; no half is published.
+
+The starts of processes are most of the time of these tests, so those of one world size share one world where they can.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests import processes
 from tests.test_training_step import MASK, SEQUENCES, VOCAB, Text, settings
@@ -16,11 +21,13 @@ from tidar_mega import config as config_module
 from tidar_mega.checkpoint import store
 from tidar_mega.checkpoint.store import CheckpointError, CheckpointStore
 
+pytestmark = pytest.mark.distributed
+
 
 class Trainer:
     """The parts of a run on a rank, stepping over endless text."""
 
-    def __init__(self, config: config_module.Config) -> None:
+    def __init__(self, config: config_module.Config, folder: Path, keep_last: int = 2) -> None:
         from tidar_mega import methods
         from tidar_mega.checkpoint.state import Progress, TrainState
         from tidar_mega.model import gpt
@@ -29,10 +36,12 @@ class Trainer:
         from tidar_mega.train.step import Task
 
         self.config, self.mesh = config, build_mesh(config)
-        (model,) = optim.wrap(config, gpt.build(config, VOCAB))
-        optimizer = optim.build_optimizer(config, [model])
-        self.state = TrainState([model], optimizer, optim.build_scheduler(config, optimizer), Progress())
-        self.task = Task(config, self.mesh, methods.load(config, MASK), [model], torch.ones(VOCAB))
+        chunks = optim.wrap(config, gpt.build(config, VOCAB))
+        optimizer = optim.build_optimizer(config, chunks)
+        self.state = TrainState(chunks, optimizer, optim.build_scheduler(config, optimizer), Progress())
+        self.task = Task(config, self.mesh, methods.load(config, MASK), chunks, torch.ones(VOCAB))
+        self.folder = folder
+        self.checkpoints = CheckpointStore(folder / "checkpoints", keep_last)
 
     def steps(self, count: int) -> list[tuple[float, float]]:
         from tidar_mega.train import optim
@@ -50,100 +59,292 @@ class Trainer:
             figures.append((loss, norm))
         return figures
 
-    def save(self, folder: Path, check_size: bool = True) -> Path:
+    def begin(self, check_size: bool = True) -> None:
         from tidar_mega.checkpoint import state
 
         meta = {"config": config_module.to_tree(self.config), "vocab_size": VOCAB}
-        parts = state.sharded(self.state)
-        checkpoints = CheckpointStore(folder / "checkpoints", keep_last=2)
+        tokenizer = self.folder / "tokenizer"
         size = state.size_bytes(self.state) if check_size else 0
-        checkpoints.begin(
-            self.mesh, checkpoints.path(self.state.progress.step), parts, meta, folder / "tokenizer", size
-        )
-        return checkpoints.finish(self.mesh, wait=True)
+        step = self.state.progress.step
+        self.checkpoints.begin(self.mesh, step, state.sharded(self.state), meta, tokenizer, size)
+
+    def save(self, check_size: bool = True) -> Path:
+        self.begin(check_size)
+        return self.checkpoints.finish(self.mesh, wait=True)
 
     def load(self, path: Path) -> None:
         from tidar_mega.checkpoint import state
 
-        saved = store.saved_config(store.read_meta(path))
-        same = saved.parallel == self.config.parallel
+        same = store.saved_config(store.read_meta(path)).parallel == self.config.parallel
         state.restore(self.state, store.load(path, state.template(self.state, same)))
 
-
-def save_in_the_middle(rank: int, config, folder: Path):
-    trainer = Trainer(config)
-    before = trainer.steps(3)
-    path = trainer.save(folder)
-    return before, path, trainer.steps(3)
+    @property
+    def writer(self):
+        """The process of this rank that writes."""
+        return self.checkpoints._writer.calls.async_calls[0].async_caller.process
 
 
-def resume(rank: int, config, path: Path):
-    trainer = Trainer(config)
-    trainer.steps(1)  # a restart may have state that the load must replace
-    trainer.load(path)
-    return trainer.steps(3)
+def in_turn(rank: int, jobs: list[tuple]) -> list:
+    """Several test functions in one world: the results of (function, *arguments) for each."""
+    return [function(rank, *arguments) for function, *arguments in jobs]
+
+
+def run_in_turn(count: int, jobs: dict[str, tuple]) -> dict[str, list]:
+    """name -> what the ranks returned."""
+    ranks = processes.run(in_turn, count, list(jobs.values()), timeout_seconds=600)
+    return {name: [results[i] for results in ranks] for i, name in enumerate(jobs)}
+
+
+def make_folder(folder: Path) -> Path:
+    (folder / "tokenizer").mkdir(parents=True)
+    (folder / "tokenizer" / "tokenizer.json").write_text("{}")
+    return folder
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    (tmp_path / "tokenizer").mkdir()
-    (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
-    return tmp_path
+    return make_folder(tmp_path)
 
 
-def layout(dtype="fp32", **parallel):
+def layout(dtype="fp32", layers=2, **parallel):
     return settings(
-        precision={"dtype": dtype}, parallel=parallel, train={"micro_batch_size": 1}, optimizer={"warmup_steps": 2}
+        model={"num_layers": layers},
+        precision={"dtype": dtype},
+        parallel=parallel,
+        train={"micro_batch_size": 1},
+        optimizer={"warmup_steps": 2},
     )
 
 
-SAME = {
-    "fp32, data 2": (2, layout(data=2)),
-    "bf16, data 2": (2, layout("bf16", data=2)),
-    "bf16, data 2, plain optimizer": (2, layout("bf16", data=2, distributed_optimizer=False)),
-    "bf16, tensor 2": (2, layout("bf16", tensor=2)),
-    "bf16, data 2, overlapped": (2, layout("bf16", data=2, overlap_grad_reduce=True, overlap_param_gather=True)),
+# Resumes
+
+
+def save_in_the_middle(rank: int, config, folder: Path, before: int = 3):
+    trainer = Trainer(config, folder)
+    trainer.steps(before)
+    return trainer.save(), trainer.steps(3)
+
+
+def resume(rank: int, config, path: Path):
+    """The figures of three steps after a load, and the step tensors of the optimizer: (how many, their values)."""
+    trainer = Trainer(config, path.parent.parent)
+    trainer.steps(1)  # a restart may have state that the load must replace
+    trainer.load(path)
+    figures = trainer.steps(3)
+    inner = trainer.state.optimizer.chained_optimizers[0].optimizer
+    counts = [state["step"] for state in inner.state.values()]
+    return figures, len({c.data_ptr() for c in counts}) == len(counts), {int(c) for c in counts}
+
+
+TWO_RANKS = {
+    "fp32, data 2": layout(data=2),
+    "bf16, data 2": layout("bf16", data=2),
+    "bf16, data 2, plain optimizer": layout("bf16", data=2, distributed_optimizer=False),
+    "bf16, tensor 2": layout("bf16", tensor=2),
+    "bf16, data 2, overlapped": layout("bf16", data=2, overlap_grad_reduce=True, overlap_param_gather=True),
+    "fp32, tensor 2": layout(tensor=2),
+    "fp32, four chunks": layout(layers=4, pipeline=2, virtual_pipeline=2),
+    "bf16, four chunks, plain optimizer": layout(
+        "bf16", layers=4, pipeline=2, virtual_pipeline=2, distributed_optimizer=False
+    ),
+}
+OTHER_LAYOUTS = {  # saved under, loaded under
+    "data 2 -> 1": ("fp32, data 2", 1, layout()),
+    "data 2 -> tensor 2": ("fp32, data 2", 2, layout(tensor=2)),
+    "tensor 2 -> 1": ("fp32, tensor 2", 1, layout()),
+    "tensor 2 -> data 2": ("fp32, tensor 2", 2, layout(data=2)),
+    "1 -> tensor 2": ("alone", 2, layout(tensor=2)),
+    "1 -> data 2": ("alone", 2, layout(data=2)),
+    "four chunks -> 1": ("fp32, four chunks", 1, layout(layers=4)),
+    "four chunks -> two, tensor 1 -> 2": ("fp32, four chunks", 2, layout(layers=4, tensor=2)),
 }
 
 
-@pytest.mark.distributed
-@pytest.mark.parametrize("name", SAME)
-def test_a_resume_is_bit_for_bit_the_run_that_never_stopped(name, folder):
-    count, config = SAME[name]
-    saved = processes.run(save_in_the_middle, count, config, folder)
-    again = processes.run(resume, count, config, saved[0][1])
-    for (_, _, expected), got in zip(saved, again, strict=True):
-        assert got == expected
-
-
-@pytest.mark.distributed
-def test_a_checkpoint_of_two_ranks_goes_on_in_other_layouts(folder):
-    saved = processes.run(save_in_the_middle, 2, layout(data=2), folder)
-    expected = saved[0][2]
-    for count, parallel in ((1, {}), (2, {"tensor": 2})):
-        for got in processes.run(resume, count, layout(**parallel), saved[0][1]):
-            for a, b in zip(got, expected, strict=True):
-                assert a == pytest.approx(b, rel=1e-4)
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> dict[str, list]:
+    """name -> (path, figures of the steps after it) of each rank."""
+    where = {name: make_folder(tmp_path_factory.mktemp("saved")) for name in [*TWO_RANKS, "alone", "at step 0"]}
+    jobs = {name: (save_in_the_middle, config, where[name]) for name, config in TWO_RANKS.items()}
+    one = {
+        "alone": (save_in_the_middle, layout(), where["alone"]),
+        "at step 0": (save_in_the_middle, layout(), where["at step 0"], 0),
+    }
+    return {**run_in_turn(2, jobs), **run_in_turn(1, one)}
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("published")
-    (folder / "tokenizer").mkdir()
-    (folder / "tokenizer" / "tokenizer.json").write_text("{}")
-    return processes.run(save_in_the_middle, 1, layout(), folder)[0][1]
+def resumed(saved) -> dict[str, list]:
+    jobs = {1: {"at step 0": (resume, layout(), saved["at step 0"][0][0])}, 2: {}}
+    for name, config in TWO_RANKS.items():
+        jobs[2][name] = (resume, config, saved[name][0][0])
+    for name, (origin, count, config) in OTHER_LAYOUTS.items():
+        jobs[count][name] = (resume, config, saved[origin][0][0])
+    return {**run_in_turn(1, jobs[1]), **run_in_turn(2, jobs[2])}
+
+
+@pytest.mark.parametrize("name", [*TWO_RANKS, "at step 0"])
+def test_a_resume_is_bit_for_bit_the_run_that_never_stopped(name, saved, resumed):
+    for (_, expected), (got, _, _) in zip(saved[name], resumed[name], strict=True):
+        assert got == expected
+
+
+@pytest.mark.parametrize("name", OTHER_LAYOUTS)
+def test_any_layout_goes_on_from_any_other(name, saved, resumed):
+    _, expected = saved[OTHER_LAYOUTS[name][0]][0]
+    for got, _, _ in resumed[name]:
+        for a, b in zip(got, expected, strict=True):
+            assert a == pytest.approx(b, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", [*TWO_RANKS, *OTHER_LAYOUTS])
+def test_after_a_load_every_parameter_counts_its_own_steps(name, resumed):
+    """torch's AdamW would count a shared step once for each parameter."""
+    for _, apart, counts in resumed[name]:
+        assert apart and counts == {6}
+
+
+def load_as_megatron_would(rank: int, path: Path) -> str:
+    from megatron.core import dist_checkpointing
+
+    from tidar_mega.checkpoint import state
+
+    trainer = Trainer(layout(), path.parent.parent)
+    loaded = dist_checkpointing.load(state.template(trainer.state, True), str(path))
+    try:
+        trainer.state.optimizer.load_state_dict(loaded["optimizer"])
+    except KeyError as error:
+        return str(error)
+    counts = [s["step"] for s in trainer.state.optimizer.chained_optimizers[0].optimizer.state.values()]
+    return f"{len({c.data_ptr() for c in counts})} of {len(counts)}"
+
+
+def other_optimizer(rank: int) -> int:
+    """How much state `torch_adam` gives to an optimizer that is not torch's AdamW."""
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    from tidar_mega.checkpoint import torch_adam
+
+    chunks = Trainer(layout(distributed_optimizer=False), Path()).state.models
+    optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="sgd", lr=0.1), chunks)
+    torch_adam.allocate_state(optimizer)
+    return len(optimizer.chained_optimizers[0].optimizer.state)
+
+
+def refuse(rank: int, path: Path, model: dict) -> str:
+    """What is said when a checkpoint is loaded into another model."""
+    from tidar_mega.checkpoint import state
+
+    config = config_module.from_tree({**config_module.to_tree(layout()), "model": model})
+    trainer = Trainer(config, path.parent.parent)
+    with pytest.raises(CheckpointError) as error:
+        store.load(path, state.template(trainer.state, True))
+    return str(error.value)
+
+
+def weights_alone(rank: int, path: Path) -> bool:
+    """What decoding does: the optimizer of the checkpoint is left there."""
+    from tidar_mega.checkpoint import state
+
+    trainer = Trainer(layout(), path.parent.parent)
+    (chunk,) = trainer.state.models
+    before = {n: p.detach().clone() for n, p in chunk.module.named_parameters()}
+    loaded = store.load(path, state.sharded_weights(chunk.module))["model"]
+    return all(not torch.equal(loaded[n], p) for n, p in before.items() if p.dim() > 1)
+
+
+def save_often(rank: int, folder: Path):
+    trainer = Trainer(layout(), folder)
+    paths = []
+    for _ in range(4):
+        trainer.steps(1)
+        paths.append(trainer.save())
+    return [p.exists() for p in paths]
+
+
+def save_often_beside_the_training(rank: int, folder: Path):
+    """A save at every step: which of the four folders are there after each."""
+    trainer = Trainer(layout(), folder)
+    seen = []
+    for _ in range(4):
+        trainer.steps(1)
+        trainer.checkpoints.finish(trainer.mesh, wait=True)
+        trainer.begin()
+        seen.append([int(p.name[-1]) for p in trainer.checkpoints.published()])
+    trainer.checkpoints.finish(trainer.mesh, wait=True)
+    return [*seen, [int(p.name[-1]) for p in trainer.checkpoints.published()]]
+
+
+@pytest.fixture(scope="module")
+def alone(saved, tmp_path_factory) -> dict[str, list]:
+    """What one process does besides: all in one world."""
+    path = saved["alone"][0][0]
+    model = config_module.to_tree(layout())["model"]
+    often, beside = (make_folder(tmp_path_factory.mktemp("often")) for _ in range(2))
+    leftover = often / "checkpoints" / ".step_00000002.unfinished"
+    leftover.mkdir(parents=True)
+    (leftover / "junk").write_text("half a shard")
+    jobs = {
+        # first, as the first load of `torch_adam` mends megatron
+        "megatron": (load_as_megatron_would, path),
+        "sgd": (other_optimizer,),
+        "more tensors": (refuse, path, {**model, "add_qkv_bias": True}),
+        "fewer tensors": (refuse, path, {**model, "qk_layernorm": False}),
+        "another shape": (refuse, path, {**model, "ffn_hidden_size": 128}),
+        "weights": (weights_alone, path),
+        "often": (save_often, often),
+        "beside": (save_often_beside_the_training, beside),
+    }
+    return {**run_in_turn(1, jobs), "leftover": [leftover.exists()]}
+
+
+def test_megatrons_own_load_of_adamw_still_needs_mending(alone):
+    assert alone["megatron"] == ["'step'"]
+
+
+def test_an_optimizer_that_is_not_torchs_adamw_is_left_alone(alone):
+    assert alone["sgd"] == [0]
+
+
+def test_missing_and_unexpected_tensors_are_named_and_counted(alone):
+    (more,), (fewer,) = alone["more tensors"], alone["fewer tensors"]
+    # a bias, and three tensors of the optimizer for it
+    assert "4 (decoder.layers.self_attention.linear_qkv.bias, optimizer.state.exp_avg.decoder.layers" in more
+    assert "missing in the checkpoint, none that the model does not have" in more
+    assert "none missing in the checkpoint, 8 (decoder.layers.self_attention.k_layernorm.weight, " in fewer
+    assert "give back the model settings" in more and "give back the model settings" in fewer
+
+
+def test_another_shape_is_one_clear_error(alone):
+    (said,) = alone["another shape"]
+    assert "shape mismatch" in said.lower() and "linear_fc" in said
+
+
+def test_weights_load_without_the_optimizer(alone):
+    assert alone["weights"] == [True]
+
+
+def test_only_the_last_checkpoints_are_kept_and_leftovers_go(alone):
+    assert alone["often"] == [[False, False, True, True]]
+    assert alone["leftover"] == [False]
+
+
+def test_a_save_waits_for_the_one_before_it_and_the_last_ones_are_kept(alone):
+    assert alone["beside"] == [[[], [1], [1, 2], [2, 3], [3, 4]]]
+
+
+# Damage
 
 
 @pytest.fixture
-def copy(published, tmp_path) -> Path:
-    return Path(shutil.copytree(published, tmp_path / "checkpoints" / published.name))
+def copy(saved, tmp_path) -> Path:
+    path = saved["alone"][0][0]
+    return Path(shutil.copytree(path, tmp_path / "checkpoints" / path.name))
 
 
 def largest(path: Path) -> Path:
     return max((p for p in path.rglob("*.distcp")), key=lambda p: p.stat().st_size)
 
 
-@pytest.mark.distributed
 def test_a_truncated_file_is_named_with_its_sizes(copy):
     victim = largest(copy)
     size = victim.stat().st_size
@@ -152,7 +353,6 @@ def test_a_truncated_file_is_named_with_its_sizes(copy):
         store.read_meta(copy)
 
 
-@pytest.mark.distributed
 def test_a_missing_file_and_a_foreign_format_are_named(copy):
     meta = copy / "meta.json"
     text = meta.read_text()
@@ -168,7 +368,6 @@ def test_a_missing_file_and_a_foreign_format_are_named(copy):
         store.read_meta(copy)
 
 
-@pytest.mark.distributed
 def test_resolve_takes_a_run_its_checkpoints_or_one_of_them(copy, tmp_path):
     (tmp_path / "checkpoints" / ".step_00000009.unfinished").mkdir()
     for path in (tmp_path, tmp_path / "checkpoints", copy):
@@ -177,57 +376,119 @@ def test_resolve_takes_a_run_its_checkpoints_or_one_of_them(copy, tmp_path):
         store.resolve(tmp_path / "none")
 
 
-def save_often(rank: int, config, folder: Path):
-    trainer = Trainer(config)
-    paths = []
-    for _ in range(4):
-        trainer.steps(1)
-        paths.append(trainer.save(folder))
-    return [p.exists() for p in paths]
+# Writing beside the training
 
 
-@pytest.mark.distributed
-def test_only_the_last_checkpoints_are_kept_and_leftovers_go(folder):
-    leftover = folder / "checkpoints" / ".step_00000002.unfinished"
-    leftover.mkdir(parents=True)
-    (leftover / "junk").write_text("half a shard")
-    assert processes.run(save_often, 1, layout(), folder)[0] == [False, False, True, True]
-    assert not leftover.exists()
+def train_during_a_write(rank: int, config, folder: Path):
+    """Three steps while the writers of step 3 are stopped: (figures, what was published meanwhile, in the end)."""
+    trainer = Trainer(config, folder)
+    trainer.steps(3)
+    trainer.begin()
+    os.kill(trainer.writer.pid, signal.SIGSTOP)
+    figures, meanwhile = [], []
+    for _ in range(3):
+        meanwhile.append(trainer.checkpoints.finish(trainer.mesh, wait=False))
+        figures += trainer.steps(1)
+    meanwhile += trainer.checkpoints.published()
+    os.kill(trainer.writer.pid, signal.SIGCONT)
+    return figures, meanwhile, trainer.checkpoints.finish(trainer.mesh, wait=True)
 
 
-def fill_the_disk(rank: int, config, folder: Path, check_size: bool):
-    """Saves once, then again with no room left; returns what was said and what is published."""
-    trainer = Trainer(config)
+def kill_a_writer(rank: int, folder: Path):
+    trainer = Trainer(layout(data=2), folder)
     trainer.steps(1)
-    first = trainer.save(folder)
+    first = trainer.save()
+    trainer.steps(1)
+    trainer.begin()
+    if rank == 1:
+        os.kill(trainer.writer.pid, signal.SIGKILL)
+    with pytest.raises(CheckpointError) as error:
+        trainer.checkpoints.finish(trainer.mesh, wait=True)
+    store.read_meta(first)
+    return str(error.value), [p.name for p in (folder / "checkpoints").iterdir()]
+
+
+DURING = ("fp32, data 2", "bf16, data 2", "bf16, data 2, plain optimizer", "bf16, tensor 2", "fp32, four chunks")
+
+
+@pytest.fixture(scope="module")
+def during(tmp_path_factory) -> dict[str, list]:
+    where = {name: make_folder(tmp_path_factory.mktemp("during")) for name in [*DURING, "killed"]}
+    jobs = {name: (train_during_a_write, TWO_RANKS[name], where[name]) for name in DURING}
+    return run_in_turn(2, {**jobs, "killed": (kill_a_writer, where["killed"])})
+
+
+@pytest.fixture(scope="module")
+def after(during) -> dict[str, list]:
+    return run_in_turn(2, {name: (resume, TWO_RANKS[name], during[name][0][2]) for name in DURING})
+
+
+@pytest.mark.parametrize("name", DURING)
+def test_training_goes_on_during_a_write_which_holds_the_step_at_which_it_began(name, during, after, saved):
+    for (figures, meanwhile, path), (got, _, _) in zip(during[name], after[name], strict=True):
+        assert meanwhile == [None, None, None] and path.name == "step_00000003"
+        assert got == figures
+    assert [figures for figures, _, _ in during[name]] == [figures for _, figures in saved[name]]
+
+
+def test_a_killed_writer_is_an_error_on_every_rank_and_costs_nothing(during):
+    for said, left in during["killed"]:
+        assert "ended by SIGKILL" in said and "earlier checkpoints are whole" in said
+        assert left == ["step_00000001"]
+
+
+# A full disk
+
+
+def fill_the_disk(rank: int, folder: Path, how: str):
+    """Saves once, then again with no room left; returns what was said, and if the first is all that is published."""
+    trainer = Trainer(layout(data=2), folder)
+    trainer.steps(1)
+    first = trainer.save()
     if rank == 0:
         free = shutil.disk_usage(folder).free
         (folder / "ballast").write_bytes(b"\0" * max(0, free - 100_000))
-    torch.distributed.barrier()
+    dist.barrier()
     trainer.steps(1)
     try:
-        trainer.save(folder, check_size)
+        trainer.begin(check_size=how == "seen before")
+        while how == "met beside the training" and trainer.checkpoints.finish(trainer.mesh, wait=False) is None:
+            trainer.steps(1)
+        trainer.checkpoints.finish(trainer.mesh, wait=True)
     except CheckpointError as error:
         store.read_meta(first)  # raises if a file is not whole
-        return str(error), CheckpointStore(folder / "checkpoints", 2).published() == [first]
+        said, published = str(error), trainer.checkpoints.published() == [first]
+        dist.barrier()
+        if rank == 0:
+            shutil.rmtree(first)
+            (folder / "ballast").unlink()
+        dist.barrier()
+        return said, published
     return "nothing was said", False
 
 
-@pytest.mark.distributed
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
-@pytest.mark.parametrize("check_size", [True, False], ids=["seen before", "met while writing"])
-def test_a_full_disk_is_one_clear_error_on_every_rank_and_costs_nothing(tmp_path, check_size):
-    small = tmp_path / "small"
-    small.mkdir()
+HOW = ("seen before", "met while writing", "met beside the training")
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    small = tmp_path_factory.mktemp("small")
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(small)], capture_output=True)
     if mounted.returncode:
         pytest.skip(f"no tmpfs here: {mounted.stderr.decode().strip()}")
     try:
-        (small / "tokenizer").mkdir()
-        (small / "tokenizer" / "tokenizer.json").write_text("{}")
-        for said, intact in processes.run(fill_the_disk, 2, layout(data=2), small, check_size, timeout_seconds=120):
-            assert "No space left on device" in said and "earlier checkpoints are whole" in said
-            assert intact
-        assert not list((small / "checkpoints").glob(".*"))
+        make_folder(small)
+        results = run_in_turn(2, {how: (fill_the_disk, small, how) for how in HOW})
+        yield results, [p.name for p in (small / "checkpoints").iterdir()]
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
+@pytest.mark.parametrize("how", HOW)
+def test_a_full_disk_is_one_clear_error_on_every_rank_and_costs_nothing(how, full):
+    results, left = full
+    for said, intact in results[how]:
+        assert "No space left on device" in said and "earlier checkpoints are whole" in said
+        assert intact
+    assert left == []

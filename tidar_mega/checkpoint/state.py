@@ -18,13 +18,17 @@ from tidar_mega import device
 from tidar_mega.checkpoint import torch_adam
 from tidar_mega.model.gpt import HybridGPT
 
-# megatron's default sharding of the distributed optimizer cannot be saved; this one loads under any layout
-SHARDING = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "singleton_local_shards": False,
-    "chained_optim_avoid_prefix": True,
-}
 RANDOM = "random"  # the key of the random states on disk
+
+
+def sharding() -> dict:
+    """How megatron lays out the state. Its default for the distributed optimizer cannot be saved; this one loads under
+    any layout. A new dict each time, as megatron adds the groups of the moment to it."""
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+    }
 
 
 @dataclass
@@ -67,8 +71,8 @@ def template(state: TrainState, same_layout: bool) -> dict:
 
 
 def _template(state: TrainState, is_loading: bool) -> dict:
-    parts = {name: model.sharded_state_dict(metadata=SHARDING) for name, model in _chunks(state).items()}
-    parts["optimizer"] = state.optimizer.sharded_state_dict(parts, is_loading=is_loading, metadata=SHARDING)
+    parts = {name: model.sharded_state_dict(metadata=sharding()) for name, model in _chunks(state).items()}
+    parts["optimizer"] = state.optimizer.sharded_state_dict(parts, is_loading=is_loading, metadata=sharding())
     parts["scheduler"] = state.scheduler.state_dict()
     parts["progress"] = asdict(state.progress)
     parts["window"] = dict(state.window)
@@ -86,7 +90,7 @@ def size_bytes(state: TrainState) -> int:
 
 def sharded_weights(model: HybridGPT) -> dict:
     """The weights alone, all that decoding needs."""
-    return {"model": model.sharded_state_dict(metadata=SHARDING)}
+    return {"model": model.sharded_state_dict(metadata=sharding())}
 
 
 def restore(state: TrainState, loaded: dict) -> None:

@@ -13,6 +13,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
@@ -23,8 +24,8 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from torch.distributed.checkpoint.api import CheckpointException
 
 from tidar_mega import config as config_module
-from tidar_mega.checkpoint.state import RANDOM, SHARDING
-from tidar_mega.checkpoint.writing import Writer
+from tidar_mega.checkpoint.state import RANDOM, sharding
+from tidar_mega.checkpoint.writing import Writer, of_disk
 from tidar_mega.config import Config, UserError
 from tidar_mega.parallel.failures import of_communication
 from tidar_mega.parallel.mesh import Mesh
@@ -82,7 +83,7 @@ class CheckpointStore:
         draft = _Draft(self.folder / f".{final.name}.unfinished", final, meta, tokenizer)
         mesh.on_main(_on_disk(draft.folder, lambda: _fresh_folder(self.folder, draft.folder, size)))
         try:
-            self._writer.begin(parts, str(draft.folder), SHARDING, mesh.sharded_data)
+            self._writer.begin(parts, str(draft.folder), sharding(), mesh.sharded_data)
         except _MEGATRON_ERRORS as error:  # of this rank alone, so nothing is exchanged; the launcher ends the others
             _give_up_alone(draft.folder, error)
         self._draft, self.latest = draft, final
@@ -234,16 +235,16 @@ def _fresh_folder(folder: Path, draft: Path, size: int) -> None:
     draft.mkdir()
 
 
-def _give_up(draft: Path, error: BaseException) -> None:
+def _give_up(draft: Path, error: BaseException) -> NoReturn:
     shutil.rmtree(draft, ignore_errors=True)
     raise CheckpointError(_cannot_write(draft, error)) from error
 
 
-def _give_up_alone(draft: Path, error: BaseException) -> None:
-    """Where the other ranks know nothing of `error`, unless it is they who are gone."""
-    if of_communication(error):
-        raise error
-    _give_up(draft, error)
+def _give_up_alone(draft: Path, error: BaseException) -> NoReturn:
+    """On a rank that meets `error` while the others know nothing of it."""
+    if isinstance(of_disk(error), OSError) or "PytorchStreamWriter" in str(error):
+        _give_up(draft, error)
+    raise error
 
 
 def _on_disk(draft: Path, action):

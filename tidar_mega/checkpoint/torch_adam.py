@@ -45,8 +45,13 @@ def _mend_loading() -> None:
     if distrib_optimizer.HAVE_APEX_OR_TE:
         return
 
+    megatrons = distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states
+
     @torch.no_grad()
     def set_main_param_and_optimizer_states(self, model_param, tensors):
+        if not isinstance(self.optimizer, torch.optim.AdamW):
+            megatrons(self, model_param, tensors)
+            return
         group, place = self.model_param_group_index_map[model_param]
         main_param = self.optimizer.param_groups[group]["params"][place]
         for name, target in {"param": main_param, **self.optimizer.state[main_param]}.items():

@@ -79,7 +79,7 @@ def _write(parent: int, transforms: list, buckets: list, results) -> None:
     gc.disable()  # it would free the parent's CUDA tensors
     outcomes = [_write_file(transforms, index, bucket) for index, bucket in enumerate(buckets)]
     failure = next((outcome for outcome in outcomes if isinstance(outcome, Exception)), None)
-    results.put(_of_disk(failure) if failure else dict(enumerate(outcomes)))
+    results.put(of_disk(failure) if failure else dict(enumerate(outcomes)))
 
 
 def _write_file(transforms: list, index: int, bucket) -> list | Exception:
@@ -90,8 +90,8 @@ def _write_file(transforms: list, index: int, bucket) -> list | Exception:
     return outcome.get()[1]
 
 
-def _of_disk(error: BaseException) -> BaseException:
-    """torch's serialisation covers a full disk with errors of its own."""
+def of_disk(error: BaseException) -> BaseException:
+    """The error of the disk behind `error`, else itself: torch's serialisation covers a full disk with its own."""
     cause = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__

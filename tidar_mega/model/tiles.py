@@ -56,9 +56,10 @@ def choose_algorithm(dtype: torch.dtype) -> str:
 
 
 def has_bfloat16_units() -> bool:
-    """Whether the processor multiplies in bfloat16 (x86). oneDNN runs bfloat16 with plain AVX-512 too, slower than
-    float32, and `torch.ops.mkldnn._is_mkldnn_bf16_supported` asks for no more than that."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    """Whether the processor multiplies in bfloat16 (x86; those with AMX can do it in AVX-512 too). With AVX-512 alone,
+    which is all that `torch.ops.mkldnn._is_mkldnn_bf16_supported` asks for, oneDNN is slower in bfloat16 than in
+    float32."""
+    return torch.cpu._is_avx512_bf16_supported()
 
 
 class ProductTiles(torch.autograd.Function):
