@@ -10,6 +10,7 @@ import errno
 import functools
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -273,7 +274,7 @@ def _cannot_write(draft: Path, error: BaseException) -> str:
 def _first_line(error: BaseException) -> str:
     """What went wrong, without the traces of other ranks that torch puts into its message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    causes = [line for line in lines if "Errno" in line or "Error:" in line]
+    causes = [line for line in lines if "Errno" in line or re.match(r"[\w.]+(Error|Exception): ", line)]
     return (causes or lines or [type(error).__name__])[-1 if causes else 0]
 
 
