@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -80,20 +81,24 @@ def work(tmp_path_factory) -> Path:
 
 
 def interrupt(folder: Path, run: str, after: int, how, *overrides: str) -> int:
-    """Starts a run and, once step `after` is logged, sends it the signal `how` or calls it; returns the exit code."""
-    process = subprocess.Popen(
-        command("pretrain", "run.yaml", f"run_dir={run}", *overrides),
-        cwd=folder,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 120
-    while after not in metrics(folder, run) and time.monotonic() < deadline:
-        assert process.poll() is None, "ended too early"
-        time.sleep(0.02)
-    how(process) if callable(how) else process.send_signal(how)
-    return process.wait(timeout=60)
+    """Starts a run and, once step `after` is logged, sends it the signal `how` or calls it; returns the exit code.
+
+    What it says is in `run`.log.
+    """
+    with (folder / f"{run}.log").open("w") as log:
+        process = subprocess.Popen(
+            command("pretrain", "run.yaml", f"run_dir={run}", *overrides),
+            cwd=folder,
+            env=environment(),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        deadline = time.monotonic() + 120
+        while after not in metrics(folder, run) and time.monotonic() < deadline:
+            assert process.poll() is None, "ended too early"
+            time.sleep(0.02)
+        how(process) if callable(how) else process.send_signal(how)
+        return process.wait(timeout=60)
 
 
 def test_training_learns_and_says_so(work):
@@ -133,6 +138,114 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(work, moment):
     out = tidar(work, "pretrain", "run.yaml", f"run_dir={run}")
     assert "resumed from" in out
     assert losses(work, run) == losses(work, "whole")
+
+
+ASYNCHRONOUS = ("checkpoint.asynchronous=true", "checkpoint.interval=2")
+
+
+def stopped_writers(process: subprocess.Popen) -> list[psutil.Process]:
+    """Waits until a process that a rank has forked is writing, and stops it in the middle."""
+    ranks = psutil.Process(process.pid).children()
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        forked = " ".join(Path(f"/proc/{rank.pid}/task/{rank.pid}/children").read_text() for rank in ranks)
+        caught = []
+        for pid in map(int, forked.split()):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                writer = psutil.Process(pid)
+                writer.suspend()
+                if any(file.path.endswith(".distcp") for file in writer.open_files()):
+                    caught.append(writer)
+                else:
+                    writer.resume()
+        if caught:
+            return caught
+    raise AssertionError("no writer was met")
+
+
+def two_more_steps(folder: Path, run: str) -> None:
+    last, deadline = max(metrics(folder, run)), time.monotonic() + 60
+    while max(metrics(folder, run)) < last + 2:
+        assert time.monotonic() < deadline, "training waits for the writers"
+        time.sleep(0.02)
+
+
+def test_killed_during_an_asynchronous_save_it_goes_on_bit_for_bit_from_the_one_before(work):
+    """The writers are stopped, so that the kill finds them at work; they must not outlive their run, nor its lock."""
+    checkpoints = work / "killed_asynchronous" / "checkpoints"
+    before = []
+
+    def kill(process: subprocess.Popen) -> None:
+        writers = stopped_writers(process)
+        before.extend(sorted(p.name for p in checkpoints.glob("step_*")))
+        two_more_steps(work, "killed_asynchronous")
+        process.kill()
+        assert psutil.wait_procs(writers, timeout=10)[1] == []
+
+    assert interrupt(work, "killed_asynchronous", 3, kill, *ASYNCHRONOUS) == -signal.SIGKILL
+    assert before and sorted(p.name for p in checkpoints.glob("step_*")) == before
+    assert list(checkpoints.glob(".step_*.unfinished"))
+    out = tidar(work, "pretrain", "run.yaml", "run_dir=killed_asynchronous", *ASYNCHRONOUS)
+    assert f"resumed from killed_asynchronous/checkpoints/{before[-1]}" in out
+    assert losses(work, "killed_asynchronous") == losses(work, "whole")
+    assert sorted(p.name for p in checkpoints.iterdir()) == ["step_00000014", "step_00000016"]
+
+
+def test_training_goes_on_during_an_asynchronous_save_and_a_stop_waits_for_it(work):
+    def stop(process: subprocess.Popen) -> None:
+        writers = stopped_writers(process)
+        two_more_steps(work, "asynchronous")
+        process.send_signal(signal.SIGTERM)
+        time.sleep(2.0)
+        assert process.poll() is None
+        for writer in writers:
+            writer.resume()
+
+    assert interrupt(work, "asynchronous", 3, stop, *ASYNCHRONOUS) == 0
+    stopped_at = max(metrics(work, "asynchronous"))
+    assert (work / "asynchronous" / "checkpoints" / f"step_{stopped_at:08d}").is_dir()
+    lines = (work / "asynchronous.log").read_text().splitlines()
+    written = [line.split()[1] for line in lines if line.startswith("writing ")]
+    last, at = written[-1], f"asynchronous/checkpoints/step_{stopped_at:08d}"
+    during = lines[lines.index(f"writing {last} while training goes on") : lines.index(f"published {last}")]
+    assert last != at and sum(line.startswith("step ") for line in during) >= 2
+    tidar(work, "pretrain", "run.yaml", "run_dir=asynchronous", *ASYNCHRONOUS)
+    assert losses(work, "asynchronous") == losses(work, "whole")
+
+
+def catches(rank: psutil.Process, number: int) -> bool:
+    """Whether a process has a handler for a signal."""
+    status = Path(f"/proc/{rank.pid}/status").read_text()
+    mask = next(line for line in status.splitlines() if line.startswith("SigCgt:")).split()[1]
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
+def test_a_stop_signal_during_the_imports_is_not_lost(work):
+    """As soon as each rank has its handler, which is seconds before its first step."""
+    process = subprocess.Popen(
+        command("pretrain", "run.yaml", "run_dir=early"), cwd=work, env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        ranks = psutil.Process(process.pid).children()
+        if len(ranks) == 2 and all(catches(rank, signal.SIGTERM) for rank in ranks):
+            break
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "SIGTERM: stopped at step 0" in out
+
+
+def test_a_run_killed_before_its_last_validation_makes_it(work):
+    shutil.copytree(work / "whole", work / "unvalidated")
+    path = work / "unvalidated" / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    assert json.loads(lines[-1])["kind"] == "validation"
+    path.write_text("".join(lines[:-1]))
+    out = tidar(work, "pretrain", "run.yaml", "run_dir=unvalidated")
+    assert "done: 16 steps" in out and "already done" not in out
+    assert metrics(work, "unvalidated", "validation") == metrics(work, "whole", "validation")
+    assert "already done" in tidar(work, "pretrain", "run.yaml", "run_dir=unvalidated")
 
 
 def test_a_stop_signal_saves_and_the_same_command_goes_on(work):
@@ -176,6 +289,8 @@ def test_one_killed_rank_ends_the_run_in_seconds_and_nothing_is_lost(work):
     started = time.monotonic()
     assert interrupt(work, "one_rank", 7, kill_a_rank) == 128 + signal.SIGKILL
     assert time.monotonic() - started < 60
+    log = (work / "one_rank.log").read_text()
+    assert "Traceback" not in log and "\nrank 1 was ended by SIGKILL (most often for lack of memory)" in log
     assert not [p for p in psutil.process_iter(["cmdline"]) if "run_dir=one_rank" in (p.info["cmdline"] or [])]
     tidar(work, "pretrain", "run.yaml", "run_dir=one_rank")
     assert losses(work, "one_rank") == losses(work, "whole")
@@ -229,6 +344,10 @@ REFUSED = {
     "no method": (["pretrain", "run.yaml", "method=none", "run_dir=x1"], "method = none: must be one of ar, tidar"),
     "no corpus": (["pretrain", "run.yaml", "data.path=none", "run_dir=x2"], "none"),
     "another shape": (["pretrain", "run.yaml", "run_dir=whole", "train.steps=20", "model.num_layers=3"], "num_layers"),
+    "another optimizer": (
+        ["pretrain", "run.yaml", "run_dir=whole", "train.steps=20", "parallel.distributed_optimizer=false"],
+        "parallel.distributed_optimizer = False: the checkpoint whole/checkpoints/step_00000016 was made with True",
+    ),
     "a folder that is a file": (["pretrain", "run.yaml", "run_dir=run.yaml"], "run_dir = run.yaml: cannot be written"),
     "a result that cannot be written": (["doctor", "--json", "run.yaml/x.json"], "--json run.yaml/x.json"),
     "no checkpoint": (["generate", "none", "--prompt", "x"], "no checkpoint there"),

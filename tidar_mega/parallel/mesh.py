@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -86,7 +85,7 @@ def build_mesh(config: Config) -> Mesh:
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         context_parallel_size=parallel.context,
-        distributed_timeout_minutes=max(1, math.ceil(parallel.timeout_minutes)),  # megatron takes whole minutes
+        distributed_timeout_minutes=parallel.timeout_minutes,
     )
     model_parallel_cuda_manual_seed(config.train.seed, force_reset_rng=True)
     torch.manual_seed(config.train.seed)  # megatron seeds only CUDA

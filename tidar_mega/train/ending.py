@@ -75,33 +75,46 @@ def _store_of_the_launcher() -> dist.Store:
 
 
 def _end(roll_call: RollCall, error: BaseException, timeout_minutes: float) -> NoReturn:
-    """Says what has failed first, here or on another rank, and ends this process."""
+    """Tells of `error` and ends this process, not through Python's exit: that waits for the writers of checkpoints and
+    for process groups with lost ranks."""
     roll_call.ending = True
-    sys.stdout.flush()
+    code = 1
+    try:
+        sys.stdout.flush()
+        code = _tell(roll_call, error, timeout_minutes)
+        if roll_call.rank == 0 and roll_call.world_size > 1:
+            time.sleep(2 * PERIOD_SECONDS)  # the store may end with this process: the others must have read the note
+    except Exception:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def _tell(roll_call: RollCall, error: BaseException, timeout_minutes: float) -> int:
+    """Says what has failed first, here or on another rank; the exit code."""
     rank = roll_call.rank
     text, shown, code = _own_failure(roll_call, error)
-    note = None
+    note, answers = None, True
     if of_communication(error):  # another rank is to blame
         answer = roll_call.ask()
         if isinstance(answer, Note):
             note = answer
         else:
+            answers = answer is not None
             text = _missing(roll_call, error, timeout_minutes, answer)
             shown, code = f"[rank {rank}] error: {text}", 2
-    note = note or roll_call.leave(code, text)
+    if note is None:
+        note = roll_call.leave(code, text) if answers else Note(rank, code, text)
     if note.rank == rank:
         say(shown)
         if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun shows the first one at the end
-            get_error_handler().record_exception(error)
+            with contextlib.suppress(OSError):
+                get_error_handler().record_exception(error)
     elif of_communication(error):
         say(note.consequence(rank))
     elif note.text != text:
         say(f"[rank {rank}] after rank {note.rank} had failed:\n{shown}")
-    sys.stdout.flush()
-    if rank == 0:
-        time.sleep(2 * PERIOD_SECONDS)  # the store may end with this process: the others must have read the note
-    # not through Python's exit, which waits for writers of checkpoints and for process groups with lost ranks
-    os._exit(note.code)
+    return note.code
 
 
 def _own_failure(roll_call: RollCall, error: BaseException) -> tuple[str, str, int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import sys
 import threading
 import time
@@ -71,7 +72,7 @@ class Survey:
 
 
 class RollCall:
-    """This rank's end of the shared store, to which only threads talk, as it may never answer.
+    """This rank's end of the shared store. Only its thread talks to the store, which may never answer.
 
     With `warn_seconds`, a rank that is so long at one place says who is missing, for a backend that will not raise.
     """
@@ -85,9 +86,11 @@ class RollCall:
         self._connect = connect
         self._warn_seconds = warn_seconds
         self._place, self._since, self._warned = Place(0, "starting"), time.monotonic(), False
-        self._note: Note | None = None  # of another rank
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._speak, daemon=True)
+        self._beat = 0
+        self._note: Note | None = None  # the first that any rank has left, and when this one saw it
+        self._noted_at = 0.0
+        self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     @property
@@ -100,64 +103,88 @@ class RollCall:
 
     def ask(self) -> Note | Survey | None:
         """The first note that a rank has left, else where all ranks are; None where the store does not answer."""
-        return self._note or _within(SURVEY_SECONDS + GRACE_SECONDS, self._ask)
+        return self._note or self._request(SURVEY_SECONDS + GRACE_SECONDS, self._survey_unless_noted)
 
     def leave(self, code: int, text: str) -> Note:
         """Leaves a note that this rank ends, and returns the first one that any rank has left."""
         note = Note(self.rank, code, text)
-        return _within(GRACE_SECONDS, lambda: _leave(self._connect(), note)) or note
+        return self._request(GRACE_SECONDS, lambda store: _leave(store, note)) or note
 
     def stop(self) -> None:
-        self._stop.set()
+        self._requests.put(None)
         self._thread.join(GRACE_SECONDS)
 
-    def _speak(self) -> None:
-        with contextlib.suppress(Exception):  # whoever needs the store notices that it is gone
-            store, beat = self._connect(), 0
-            while True:
-                beat += 1
-                words = Place(self._place.step, self._place.doing, beat)
-                store.set(f"place {self.rank}", json.dumps(asdict(words)))
-                note = _first_note(store)
-                if note is not None and note.rank != self.rank:
-                    self._note = note
-                    self._follow(note)
-                if self._stop.wait(PERIOD_SECONDS):
-                    return
-                if not self._warned and time.monotonic() - self._since > self._warn_seconds:
-                    self._warn(store)
+    def _request(self, seconds: float, action: Callable):
+        request = _Request(action)
+        self._requests.put(request)
+        deadline = time.monotonic() + seconds
+        while self._thread.is_alive() and time.monotonic() < deadline and not request.done.wait(0.1):
+            pass
+        return request.result
 
-    def _follow(self, note: Note) -> None:
-        """Another rank has failed. This one may notice by itself, or wait for it in vain."""
-        if not self._stop.wait(GRACE_SECONDS) and not self.ending:
+    def _run(self) -> None:
+        with contextlib.suppress(Exception):  # a store that is gone is noticed by whoever needs it
+            store = self._connect()
+            while True:
+                self._speak(store)
+                self._end_after_another()
+                self._warn_if_stuck(store)
+                with contextlib.suppress(queue.Empty):
+                    request = self._requests.get(timeout=PERIOD_SECONDS)
+                    if request is None:
+                        return
+                    request.result = request.action(store)
+                    request.done.set()
+
+    def _speak(self, store: Store) -> None:
+        self._beat += 1
+        words = Place(self._place.step, self._place.doing, self._beat)
+        store.set(f"place {self.rank}", json.dumps(asdict(words)))
+        if self._note is None:
+            self._note, self._noted_at = _first_note(store), time.monotonic()
+
+    def _end_after_another(self) -> None:
+        """Once another rank has failed, this one may notice by itself, or wait for it in vain."""
+        note = self._note
+        if note is None or note.rank == self.rank or self.ending:
+            return
+        if time.monotonic() - self._noted_at > GRACE_SECONDS:
             say(note.consequence(self.rank))
             os._exit(note.code)
 
-    def _warn(self, store: Store) -> None:
-        self._warned = True
+    def _warn_if_stuck(self, store: Store) -> None:
         here = self._place
-        threading.Thread(target=self._survey_aloud, args=(here,), daemon=True).start()  # this one must go on speaking
+        if self._warned or time.monotonic() - self._since < self._warn_seconds:
+            return
+        self._warned = True
+        blame = self._survey(store).blame(here)
+        if blame and store.add(f"warned at {here}", 1) == 1:
+            say(f"[rank {self.rank}] warning: waiting for {self._warn_seconds:.0f} s at {here}: {blame}")
 
-    def _survey_aloud(self, here: Place) -> None:
-        with contextlib.suppress(Exception):
-            store = self._connect()
-            blame = self._survey(store).blame(here)
-            if blame and store.add(f"warned at {here}", 1) == 1:
-                say(f"[rank {self.rank}] warning: waiting for {self._warn_seconds:.0f} s at {here}; {blame}")
-
-    def _ask(self) -> Note | Survey:
-        store = self._connect()
+    def _survey_unless_noted(self, store: Store) -> Note | Survey:
         return _first_note(store) or self._survey(store)
 
     def _survey(self, store: Store) -> Survey:
         before = self._places(store)
-        time.sleep(SURVEY_SECONDS)
+        deadline = time.monotonic() + SURVEY_SECONDS
+        while time.monotonic() < deadline:
+            time.sleep(PERIOD_SECONDS)
+            self._speak(store)
         after = self._places(store)
         return Survey(after, {rank for rank, place in after.items() if place == before[rank]})
 
     def _places(self, store: Store) -> dict[int, Place | None]:
         keys = {rank: f"place {rank}" for rank in range(self.world_size)}
         return {rank: Place(**json.loads(store.get(k))) if store.check([k]) else None for rank, k in keys.items()}
+
+
+class _Request:
+    """What the main thread wants of the other one."""
+
+    def __init__(self, action: Callable) -> None:
+        self.action = action
+        self.result = None
+        self.done = threading.Event()
 
 
 def say(text: str) -> None:
@@ -178,21 +205,3 @@ def _first_note(store: Store) -> Note | None:
 
 def _ranks(ranks) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, sorted(ranks)))}"
-
-
-def _within(seconds: float, action: Callable):
-    """What `action` returns, or None if that takes longer or fails."""
-    result = []
-
-    def act() -> None:
-        with contextlib.suppress(Exception):
-            result.append(action())
-
-    thread = threading.Thread(target=act, daemon=True)
-    try:
-        thread.start()
-    except RuntimeError:  # no memory for a thread
-        act()
-    else:
-        thread.join(seconds)
-    return result[0] if result else None

@@ -1,0 +1,204 @@
+"""One rank fails, hangs or is killed, by real causes: all end in time, and what is said first names it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from torch.distributed import FileStore
+
+from tests.test_main_job import CONFIG, command, environment, make_corpus
+from tidar_mega.train import roll_call
+from tidar_mega.train.roll_call import Note, RollCall, Survey
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("failures")
+    make_corpus(folder)
+    (folder / "run.yaml").write_text(CONFIG)
+    return folder
+
+
+class Output:
+    """Lines of a process with the seconds at which they came, read as they come."""
+
+    def __init__(self, process: subprocess.Popen) -> None:
+        self.process = process
+        self.lines: list[tuple[float, str]] = []
+        self.thread = threading.Thread(target=self._read, daemon=True)
+        self.thread.start()
+
+    def _read(self) -> None:
+        for line in self.process.stdout:
+            self.lines.append((time.monotonic(), line))
+
+    def wait_for(self, start: str, seconds: float = 120) -> None:
+        deadline = time.monotonic() + seconds
+        while not any(line.startswith(start) for _, line in self.lines):
+            assert self.process.poll() is None and time.monotonic() < deadline, self.text()
+            time.sleep(0.02)
+
+    def text(self) -> str:
+        return "".join(line for _, line in self.lines)
+
+    def after(self, moment: float) -> str:
+        """What came since, save for the lines of a run that goes well."""
+        return "".join(t for at, t in self.lines if at > moment and not re.match("step |validation |writing |publ", t))
+
+
+def fail(folder: Path, run: str, victim: int, how, *overrides: str, launcher: tuple[str, ...] = ()):
+    """Runs until step 3, then does `how` to the process of rank `victim`; (what was said, seconds, exit code)."""
+    line = command("pretrain", "run.yaml", f"run_dir={run}", "train.steps=1000", *overrides)
+    process = subprocess.Popen(
+        [*launcher, *line[len(launcher) and 1 :]],
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    output = Output(process)
+    output.wait_for("step 3/")
+    ranks = {p.environ().get("RANK"): p for p in psutil.Process(process.pid).children(recursive=True)}
+    started = time.monotonic()
+    how(ranks[str(victim)])
+    code = process.wait(timeout=180)
+    output.thread.join(10)
+    assert not [p for p in psutil.process_iter(["cmdline"]) if f"run_dir={run}" in (p.info["cmdline"] or [])]
+    return output.after(started), time.monotonic() - started, code
+
+
+def no_more_files(rank: psutil.Process) -> None:
+    rank.rlimit(psutil.RLIMIT_NOFILE, (3, 3))
+
+
+def no_more_memory(rank: psutil.Process) -> None:
+    rank.rlimit(psutil.RLIMIT_AS, (2**20, 2**20))
+
+
+VARYING = ("train.draft_fraction=0.5", "train.random_offset=true")  # new sizes at every step need new memory
+
+
+def test_an_exception_on_one_rank_is_told_first_with_its_trace_and_ends_all(work):
+    told, seconds, code = fail(work, "exception", 1, no_more_files)
+    lines = told.splitlines()
+    assert re.fullmatch(r"\[rank 1\] failed at step \d+, .*:", lines[0]), told
+    assert lines[1] == "Traceback (most recent call last):" and told.count("Traceback") == 1
+    assert any(line.startswith("OSError: [Errno 24] Too many open files") for line in lines), told
+    assert lines[-1].startswith("[rank 0] ended because rank 1 had failed: OSError"), told
+    assert code == 1 and seconds < 30
+
+
+def test_a_failure_of_rank_0_reaches_the_others_although_it_holds_the_store(work):
+    told, _, code = fail(work, "rank_0", 0, no_more_files, "log.tensorboard=false")
+    assert re.search(r"^(\[rank 0\] failed at|error: run_dir)", told.splitlines()[0]), told
+    assert "[rank 1] ended because rank 0 had failed" in told
+    assert code in (1, 2)
+
+
+def stop(rank: psutil.Process) -> None:
+    rank.send_signal(signal.SIGSTOP)
+
+
+@pytest.mark.parametrize("victim", [1, 0])
+def test_a_rank_that_hangs_is_named_with_the_operation_when_the_time_is_over(work, victim):
+    told, seconds, code = fail(work, f"hangs_{victim}", victim, stop, "parallel.timeout_minutes=0.25")
+    first = told.splitlines()[0]
+    assert first.startswith(f"[rank {1 - victim}] error: "), told
+    assert re.search(r"\w+ \(\w+/\w+\.py:\d+\) did not come to its end within 0.25 minutes \(parallel.timeout", first)
+    assert f"rank {victim} did not take part" in first and "at step " in first
+    assert "Traceback" not in told
+    assert code == 2 and 15 <= seconds < 60
+
+
+def test_torchrun_ends_all_and_shows_the_rank_that_failed_first(work):
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    told, seconds, code = fail(work, "torchrun", 1, no_more_memory, *VARYING, launcher=torchrun)
+    assert told.startswith("[rank 1] failed at step"), told
+    cause = told[told.index("Root Cause") :]
+    assert re.search(r"rank +: 1", cause) and "Traceback (most recent call last)" in cause, told
+    assert code == 1 and seconds < 90
+
+
+# The roll call by itself: several ranks in one process, on a store in a file
+
+
+@pytest.fixture
+def ranks(tmp_path, monkeypatch, request):
+    monkeypatch.setattr(roll_call, "PERIOD_SECONDS", 0.1)
+    monkeypatch.setattr(roll_call, "SURVEY_SECONDS", 0.5)
+    started = [
+        RollCall(rank, 3, lambda: FileStore(str(tmp_path / "store"), 3), getattr(request, "param", float("inf")))
+        for rank in range(3)
+    ]
+    yield started
+    for rank in started:
+        rank.stop()
+
+
+def at_the_same_place(ranks: list[RollCall], step: int, doing: str) -> None:
+    for rank in ranks:
+        rank.at(step, doing)
+    time.sleep(0.3)
+
+
+def test_a_survey_tells_who_is_silent_and_who_is_behind(ranks):
+    at_the_same_place(ranks, 7, "update")
+    found = ranks[0].ask()
+    assert isinstance(found, Survey) and found.silent == set() and found.blame(ranks[0].place) is None
+    ranks[2].at(6, "reading samples")
+    time.sleep(0.3)
+    assert ranks[0].ask().blame(ranks[0].place) == (
+        "rank 2 did not take part: rank 2 is still at step 6, reading samples"
+    )
+    ranks[1].stop()
+    ranks[2].stop()
+    assert ranks[0].ask().blame(ranks[0].place) == (
+        "ranks 1, 2 did not take part: stopped, dead or unreachable; rank 1 was last heard of at step 7, update; "
+        "rank 2 was last heard of at step 6, reading samples"
+    )
+
+
+def test_the_first_note_is_the_one_that_all_see(ranks):
+    for rank in ranks:
+        rank.ending = True
+    assert ranks[2].leave(1, "first") == Note(2, 1, "first")
+    assert ranks[1].leave(2, "second") == Note(2, 1, "first")
+    assert ranks[0].ask() == Note(2, 1, "first")
+
+
+@pytest.mark.parametrize("ranks", [1.0], indirect=True)
+def test_one_rank_warns_where_a_backend_does_not_raise(ranks, capsys):
+    at_the_same_place(ranks, 7, "update")
+    ranks[2].stop()
+    time.sleep(2.5)
+    said = capsys.readouterr().err.strip()
+    assert re.fullmatch(r"\[rank [01]\] warning: waiting for 1 s at step 7, update: rank 2 did not .*", said), said
+
+
+def test_no_answer_of_the_store_is_no_answer(monkeypatch):
+    monkeypatch.setattr(roll_call, "GRACE_SECONDS", 0.2)
+
+    def nobody():
+        raise ConnectionError("nobody there")
+
+    lost = RollCall(1, 2, nobody)
+    assert lost.ask() is None
+    assert lost.leave(1, "alone") == Note(1, 1, "alone")
+
+
+def test_health_and_roll_call_import_no_torch():
+    """A stop signal that comes during that import must find its handler."""
+    code = "import sys, tidar_mega.train.health, tidar_mega.train.roll_call; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env=os.environ).returncode == 0
