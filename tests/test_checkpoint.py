@@ -224,7 +224,7 @@ def other_optimizer(rank: int) -> int:
 
     from tidar_mega.checkpoint import torch_adam
 
-    chunks = Trainer(layout(distributed_optimizer=False), Path()).state.models
+    chunks = Trainer(layout(distributed_optimizer=False), Path()).state.chunks
     optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="sgd", lr=0.1), chunks)
     torch_adam.allocate_state(optimizer)
     return len(optimizer.chained_optimizers[0].optimizer.state)
@@ -246,7 +246,7 @@ def weights_alone(rank: int, path: Path) -> bool:
     from tidar_mega.checkpoint import state
 
     trainer = Trainer(layout(), path.parent.parent)
-    (chunk,) = trainer.state.models
+    (chunk,) = trainer.state.chunks
     before = {n: p.detach().clone() for n, p in chunk.module.named_parameters()}
     loaded = store.load(path, state.sharded_weights(chunk.module))["model"]
     return all(not torch.equal(loaded[n], p) for n, p in before.items() if p.dim() > 1)

@@ -221,7 +221,11 @@ def save_and_go_on(rank: int, config: config_module.Config, folder: Path):
     trainer = Trainer(config)
     for _ in range(5):
         trainer.step()
-    meta = {"config": config_module.to_tree(config), "vocab_size": trainer.vocab}
+    meta = {
+        "config": config_module.to_tree(config),
+        "data_fingerprint": trainer.stream.fingerprint,
+        "vocab_size": trainer.vocab,
+    }
     checkpoints = CheckpointStore(folder, keep_last=2)
     tokenizer = trainer.stream.tokenizer_folder
     path = checkpoints.save(trainer.mesh, 5, state.sharded(trainer.state), meta, tokenizer, 0)

@@ -358,15 +358,15 @@ def train_and_exchange(rank: int, folder: Path) -> dict:
 
     def trainer_of(kind: str) -> Trainer:
         sections = {"train": {"micro_batch_size": 1}, "optimizer": {"warmup_steps": 2}}
-        return Trainer(settings(precision={"layers": kind}, **sections))
+        return Trainer(settings(precision={"layers": kind}, **sections), folder / kind)
 
     kinds, results = {"local": contextlib.nullcontext, "te": transformer_engine}, {}
     for kind, machine in kinds.items():
         (folder / kind / "tokenizer").mkdir(parents=True)
         with machine():
             trainer = trainer_of(kind)
-            model = trainer.state.models[0].module
-            before, path, after = trainer.steps(2), trainer.save(folder / kind), trainer.steps(2)
+            model = trainer.state.chunks[0].module
+            before, path, after = trainer.steps(2), trainer.save(), trainer.steps(2)
         keys = {part.key for part in model.sharded_state_dict(metadata=sharding()).values()}
         names = [name for name, _ in model.named_parameters()]
         results[kind] = {"steps": before + after, "names": names, "keys": keys, "path": path}

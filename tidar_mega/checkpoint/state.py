@@ -46,7 +46,7 @@ class TrainState:
     """The live objects of a run. `window` holds the sums since the last log line, equal on every rank: with them, a
     line that spans a restart says what it would have said."""
 
-    models: list[DistributedDataParallel]  # the model chunks of this rank: several with a virtual pipeline
+    chunks: list[DistributedDataParallel]  # the model chunks of this rank; several with a virtual pipeline
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     progress: Progress
@@ -55,9 +55,9 @@ class TrainState:
 
 def sharded(state: TrainState) -> dict:
     """Collective. Everything as megatron's sharded state dict, to be saved."""
-    for model in state.models:
-        if model.ddp_config.overlap_param_gather:  # else only the next forward would gather the new weights
-            model.start_param_sync(force_sync=True)
+    for chunk in state.chunks:
+        if chunk.ddp_config.overlap_param_gather:  # else only the next forward would gather the new weights
+            chunk.start_param_sync(force_sync=True)
     return {**_template(state, is_loading=False), "random": _random_states()}
 
 
@@ -82,7 +82,7 @@ def _template(state: TrainState, is_loading: bool) -> dict:
 def size_bytes(state: TrainState) -> int:
     """Collective. About what a checkpoint takes on disk: the weights, and three float32 numbers of the optimizer for
     each. It is the sum over the ranks that hold one replica of the model."""
-    mine = sum(p.numel() * (p.element_size() + 12) for model in state.models for p in model.parameters())
+    mine = sum(p.numel() * (p.element_size() + 12) for chunk in state.chunks for p in chunk.parameters())
     total = torch.tensor(mine, device=device.device())
     dist.all_reduce(total, group=parallel_state.get_model_parallel_group())
     return int(total)
@@ -116,9 +116,9 @@ def _fill(model: HybridGPT, weights: dict) -> None:
 def _chunks(state: TrainState) -> dict[str, HybridGPT]:
     """The chunks of this rank by their names in a state dict. On disk a weight has the name of its layer in the whole
     model, so any number of chunks loads what any other has saved."""
-    if len(state.models) == 1:
-        return {"model": state.models[0].module}
-    return {f"model{i}": model.module for i, model in enumerate(state.models)}
+    if len(state.chunks) == 1:
+        return {"model": state.chunks[0].module}
+    return {f"model{i}": chunk.module for i, chunk in enumerate(state.chunks)}
 
 
 def _random_states() -> ShardedObject:
