@@ -15,13 +15,15 @@ import torch
 from tidar_mega import device
 from tidar_mega.config import from_tree
 from tidar_mega.decode.engine import Engine
-from tidar_mega.decode.forward import Forwards
+from tidar_mega.decode.forward import Plan, Work
+from tidar_mega.decode.outcomes import Drafting
 from tidar_mega.decode.sampling import Sampling, SamplingParams, choose
 from tidar_mega.evaluation.acceptance import distinct_share
 from tidar_mega.losses import cross_entropy
-from tidar_mega.methods.tidar import Tidar, fused_rows
+from tidar_mega.methods.tidar import Tidar
 from tidar_mega.model.attention import TrainingAttention
 from tidar_mega.model.gpt import HybridGPT, build
+from tidar_mega.model.inference import InferenceModel
 from tidar_mega.parallel.mesh import build_mesh
 from tidar_mega.rows import Rows, concatenate
 
@@ -122,7 +124,7 @@ def prompts(text) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def references(trained, prompts) -> dict[str, list]:
-    engine = Engine(trained, Bytes(), block=4, capacity=128)
+    engine = Engine(InferenceModel(trained), Bytes(), block=4, capacity=128)
     return {name: engine.generate(prompts, seeds(params, 208), mode="ar") for name, params in SETTINGS.items()}
 
 
@@ -134,7 +136,7 @@ def seeds(params: SamplingParams, count: int) -> list[SamplingParams]:
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("block", BLOCKS)
 def test_fused_output_is_ar_output(trained, prompts, references, text, block, setting):
-    engine = Engine(trained, Bytes(), block=block, capacity=128, batch=128 // block)
+    engine = Engine(InferenceModel(trained), Bytes(), block=block, capacity=128, batch=128 // block)
     fused = engine.generate(prompts, seeds(SETTINGS[setting], 208), mode="fused")
     ar = references[setting]
     assert [g.tokens for g in fused] == [g.tokens for g in ar]
@@ -174,40 +176,48 @@ def test_batched_ragged_requests_are_decoded_as_alone(trained, prompts, referenc
     mixed = [replace(SETTINGS[names[i % 4]].for_request(i), max_tokens=5 + i % 20) for i in range(24)]
     expected = [references[names[i % 4]][i].tokens[: 5 + i % 20] for i in range(24)]
     for batch in (1, 7, 24):
-        engine = Engine(trained, Bytes(), block=4, capacity=128, batch=batch, prefill_chunk=chunk)
+        engine = Engine(InferenceModel(trained), Bytes(), block=4, capacity=128, batch=batch, prefill_chunk=chunk)
         for mode in ("fused", "ar"):
             assert [g.tokens for g in engine.generate(prompts[:24], mixed, mode)] == expected
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 8])
-def test_fused_forward_equals_separate_forwards_of_each_group(world, block):
-    """In float64, through the cache, for a ragged and an even batch: against dense forwards over the whole sequence."""
+def test_one_forward_equals_separate_forwards_of_each_group(world, block):
+    """In float64, through the pages: requests of several lengths and plans against dense forwards."""
     model = sharp_model()
-    engine = Engine(model, Bytes(), block=block, capacity=64)
-    token_NT = torch.randint(256, (3, 40), generator=torch.Generator().manual_seed(1))
-    plan = Forwards(model, block, Bytes.mask, engine.device)._plan(fused_rows(block, Bytes.mask), clean=block)
-    for lengths in ([7, 7, 7], [3, 12, 1]):
-        cache = engine.cache(3, 64 + plan.rows.shape[1])
-        with torch.no_grad():
-            for n, length in enumerate(lengths):
-                prompt = engine.forwards["fused"].prompt_plan(length, drafts=False)
-                engine.forwards["fused"].hidden(prompt, cache, slice(n, n + 1), token_NT[n : n + 1, :length])
-                cache.commit(n, length)
-            draft_NB = torch.stack([token_NT[n, s : s + block] for n, s in enumerate(lengths)])
-            hidden_TND = engine.forwards["fused"].hidden(plan, cache, slice(0, 3), draft_NB)
-            for n, length in enumerate(lengths):
-                verify_BD, groups = separate_forwards(model, token_NT[n], length, block)
-                torch.testing.assert_close(hidden_TND[:block, n], verify_BD, rtol=1e-10, atol=1e-10)
-                got = hidden_TND[block:, n].view(block, block, -1)
-                torch.testing.assert_close(got, torch.stack(groups), rtol=1e-10, atol=1e-10)
+    engine = Engine(InferenceModel(model), Bytes(), block=block, capacity=64, page=4)
+    token_NT = torch.randint(256, (4, 40), generator=torch.Generator().manual_seed(1))
+    every = tuple(range(1, block + 1))
+    plans = [
+        (7, Plan(block, block, every, block)),
+        (3, Plan(1, 1, (1,), block)),
+        (12, Plan(block, block, (block,), block + 1)),
+        (0, Plan(9, 1, (9,), block)),
+    ]
+    works = []
+    for n, (length, plan) in enumerate(plans):
+        slots = engine.cache.take(40)
+        if length:
+            prompt = Work(Plan(length, 0), token_NT[n, :length].tolist(), slots, 0, SamplingParams())
+            engine.forwards.run([prompt])
+        tokens = token_NT[n, length : length + plan.clean].tolist()
+        works.append(Work(plan, tokens, slots, length, SamplingParams()))
+    with torch.no_grad():
+        hidden_TD = engine.forwards.hidden(works)[:, 0]
+        for n, (found_TD, work) in enumerate(zip(hidden_TD.split([w.plan.rows for w in works]), works, strict=True)):
+            plan, whole_T = work.plan, token_NT[n, : work.length + work.plan.clean]
+            rows = clean_rows(whole_T[None])
+            clean_TD = model(rows=rows, context=TrainingAttention(rows, "dense"))[work.length :, 0]
+            behind = [drafted_forward(model, whole_T[: work.length + j], plan.slots) for j in plan.outcomes]
+            torch.testing.assert_close(found_TD, torch.cat([clean_TD, *behind]), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("block", [2, 4, 5])
 def test_every_outcome_commits_and_drafts_what_separate_forwards_say(world, block):
     """A draft of AR's own tokens up to place r, then errors: for each r, what is accepted and drafted next."""
     model = sharp_model()
-    engine = Engine(model, Bytes(), block=block, capacity=64)
-    forwards, sampling = engine.forwards["fused"], engine.sampling([SamplingParams()])
+    engine = Engine(InferenceModel(model), Bytes(), block=block, capacity=64)
+    run, drafting, params = engine.forwards.run, Drafting.of(block, "all"), SamplingParams()
     length, tokens = 6, [10, 20, 30, 40, 50, 60]
     with torch.no_grad():
         for _ in range(block + 1):
@@ -217,17 +227,30 @@ def test_every_outcome_commits_and_drafts_what_separate_forwards_say(world, bloc
         behind = [drafted_forward(model, torch.tensor(tokens[: length + r]), block) for r in range(block + 1)]
         drafts = [model.logits(hidden_BD)[1:, :257].argmax(dim=-1).tolist() for hidden_BD in behind]
         for r in range(1, block + 1):
-            cache = engine.cache(1, 64)
-            plan = forwards.prompt_plan(length, drafts=True)
-            first = forwards.prompt_chunk(plan, cache, 0, torch.tensor([tokens[:length]]), sampling)
-            assert first.draft_NB.tolist() == [tokens[length : length + 1] + drafts[0]]
+            slots = engine.cache.take(40)
+            (first,) = run([Work(drafting.prompt(length, True), tokens[:length], slots, 0, params)])
+            assert first.kept == length and first.draft == tokens[length : length + 1] + drafts[0]
             true = tokens[length : length + block]
             draft = true[:r] + [(t + 1) % 256 for t in true[r:]]
-            step = forwards.fused(cache, torch.tensor([draft]), sampling)
-            assert step.accepted_N.tolist() == [r]
-            assert step.choice_NB[0, :r].tolist() == tokens[length + 1 : length + 1 + r]
-            assert step.draft_NB.tolist() == [tokens[length + r : length + r + 1] + drafts[r]]
+            for outcomes in ("all", "last", "none", [r]):
+                plan = Drafting.of(block, outcomes).step(block)
+                (step,) = run([Work(plan, draft, slots, length, params)])
+                assert step.kept == r and step.tokens == tokens[length + 1 : length + 1 + r]
+                assert step.draft == step.tokens[-1:] + (drafts[r] if r in plan.outcomes else [])
     assert len({tuple(d) for d in drafts}) > 1, "drafts that do not differ would prove nothing"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_inference_model_computes_what_megatrons_does(world, dtype):
+    model = sharp_model().to(dtype)
+    fast = InferenceModel(model)
+    rows = clean_rows(torch.randint(256, (3, 17), generator=torch.Generator().manual_seed(0)))
+    with torch.no_grad():
+        expected = model(rows=rows, context=TrainingAttention(rows, "dense"))
+        got = fast(rows=rows, context=TrainingAttention(rows, "dense"))
+        tolerance = 1e-10 if dtype == torch.float64 else 2e-5
+        torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(fast.logits(got), model.logits(expected).to(dtype), rtol=1e-4, atol=1e-4)
 
 
 def sharp_model() -> HybridGPT:
@@ -241,18 +264,16 @@ def sharp_model() -> HybridGPT:
     return model
 
 
-def separate_forwards(model, token_T, length: int, block: int):
-    """Hidden states of the draft's tokens, and of the masks behind each possible outcome, one forward each."""
-    rows = clean_rows(token_T[None, : length + block])
-    verify_BD = model(rows=rows, context=TrainingAttention(rows, "dense"))[length:, 0]
-    return verify_BD, [drafted_forward(model, token_T[: length + j], block) for j in range(1, block + 1)]
-
-
 def drafted_forward(model, token_T, block: int):
     """Hidden states of masks behind the tokens."""
+    rows = concatenate_masks(token_T, block, Bytes.mask)
+    return model(rows=rows, context=TrainingAttention(rows, "dense"))[len(token_T) :, 0]
+
+
+def concatenate_masks(token_T, block: int, mask_id: int) -> Rows:
+    """One sequence, and behind it one group of masks that see all of it."""
     order = len(token_T) + torch.arange(block)[None]
     zero = torch.zeros_like(order)
-    mask, horizon = torch.full_like(order, Bytes.mask), torch.full_like(order, len(token_T))
+    mask, horizon = torch.full_like(order, mask_id), torch.full_like(order, len(token_T))
     masks = Rows(mask, order, order, horizon, zero + 1, zero, zero, zero.float())
-    rows = concatenate([clean_rows(token_T[None]), masks], dim=1)
-    return model(rows=rows, context=TrainingAttention(rows, "dense"))[len(token_T) :, 0]
+    return concatenate([clean_rows(token_T[None]), masks], dim=1)

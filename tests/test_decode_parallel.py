@@ -12,6 +12,7 @@ from tidar_mega.config import ParallelConfig
 from tidar_mega.decode.engine import Engine
 from tidar_mega.decode.sampling import SamplingParams
 from tidar_mega.model.gpt import build
+from tidar_mega.model.inference import InferenceModel
 from tidar_mega.parallel.mesh import build_mesh
 
 PROMPTS = [[65], [1, 2, 3, 4, 5], [200] * 30, list(range(100, 117)), [7, 8]]
@@ -24,21 +25,24 @@ PARAMS = [
 ]
 
 
-def _decode(rank: int, tensor: int) -> dict[str, list[list[int]]]:
+def _decode(rank: int, tensor: int, pipeline: int) -> dict[str, list[list[int]]]:
     config = tiny_config()
     # weights are cut from one full draw, so they are equal in every layout; large, so that ids differ in likelihood
-    config = replace(config, parallel=ParallelConfig(tensor=tensor), model=replace(config.model, init_std=0.2))
+    config = replace(
+        config, parallel=ParallelConfig(tensor=tensor, pipeline=pipeline), model=replace(config.model, init_std=0.2)
+    )
     build_mesh(config)
     (model,) = build(config, Bytes.vocab_size, training=False)
-    engine = Engine(model, Bytes(), block=4, capacity=128)
+    engine = Engine(InferenceModel(model), Bytes(), block=4, capacity=128)
     found = {mode: [g.tokens for g in engine.generate(PROMPTS, PARAMS, mode)] for mode in ("fused", "ar")}
     return found | {"alone": [engine.generate([p], s)[0].tokens for p, s in zip(PROMPTS, PARAMS, strict=True)]}
 
 
 @pytest.mark.distributed
-def test_tensor_parallel_ranks_decode_what_one_process_decodes():
-    (expected,) = processes.run(_decode, 1, 1)
+@pytest.mark.parametrize("tensor, pipeline", [(2, 1), (1, 2)])
+def test_parallel_ranks_decode_what_one_process_decodes(tensor, pipeline):
+    (expected,) = processes.run(_decode, 1, 1, 1)
     assert expected["fused"] == expected["ar"] == expected["alone"]
     assert len({tuple(t) for t in expected["ar"]}) == 5 and len(set(expected["ar"][1])) > 5
-    for found in processes.run(_decode, 2, 2):
+    for found in processes.run(_decode, 2, tensor, pipeline):
         assert found == expected

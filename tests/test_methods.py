@@ -16,7 +16,7 @@ from tidar_mega import config as config_module
 from tidar_mega import methods, plan
 from tidar_mega.data.pack import pack
 from tidar_mega.losses import RowLosses
-from tidar_mega.methods.tidar import fused_rows
+from tidar_mega.methods.tidar import decoding_rows
 from tidar_mega.rows import PADDING, concatenate, visible, visible_pairs
 
 texts = st.lists(st.integers(1, 20), min_size=1, max_size=5)  # lengths of the documents of a row
@@ -128,19 +128,21 @@ def test_no_mask_row_feels_its_label_the_future_or_another_document():
     assert processes.run(leak, 1)[0] == []
 
 
-@pytest.mark.parametrize("block", [1, 2, 4, 8])
-def test_fused_rows_are_b_separate_drafts_behind_each_outcome(block):
-    rows = fused_rows(block, 99)
+@pytest.mark.parametrize(
+    "clean, outcomes, slots", [(1, (), 1), (4, (1, 2, 3, 4), 4), (4, (4,), 8), (5, (0, 2), 3), (3, (), 2)]
+)
+def test_decoding_rows_are_separate_drafts_behind_each_outcome(clean, outcomes, slots):
+    rows = decoding_rows(clean, outcomes, slots, 99)
     mask = visible(rows, rows)[0]
-    assert rows.shape == (1, block + block * block)
-    for i in range(block):
+    assert rows.shape == (1, clean + len(outcomes) * slots)
+    for i in range(clean):
         assert mask[i].nonzero().flatten().tolist() == list(range(i + 1))
         assert int(rows.position[0, i]) == i
-    for j in range(1, block + 1):
-        group = range(j * block, (j + 1) * block)
+    for g, j in enumerate(outcomes):
+        group = range(clean + g * slots, clean + (g + 1) * slots)
         for i, q in enumerate(group):
             assert mask[q].nonzero().flatten().tolist() == [*range(j), *group]
-            assert int(rows.position[0, q]) == j + i
+            assert int(rows.position[0, q]) == j + i and int(rows.token[0, q]) == 99
 
 
 def test_statistics_count_the_run_of_drafts_that_ar_would_accept():

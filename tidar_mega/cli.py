@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     if rest:  # settings may also stand behind options
         args.overrides += rest
     try:
+        args.arguments = list(arguments)
         figures_to = getattr(args, "json", None)
         _check_json(figures_to)
         with contextlib.redirect_stdout(sys.stderr if figures_to == _STDOUT else sys.stdout):
@@ -203,14 +204,46 @@ def _add_generate(parser, _) -> None:
     source.add_argument("--prompt", help="the text to continue")
     source.add_argument("--prompt-file", type=Path, help="a file that holds the text to continue")
     parser.add_argument("--show-commits", action="store_true", help="mark what each forward committed")
+    parser.add_argument(
+        "--trace",
+        type=Path,
+        nargs="?",
+        const=_STDOUT,
+        metavar="FILE",
+        help="show each forward's draft, what was accepted and what AR put instead; with a FILE, as a page of HTML",
+    )
     _add_json(parser)
 
 
-def _generate(args) -> None:
+def _generate(args) -> int | None:
+    prompt = args.prompt if args.prompt is not None else _read_text(args.prompt_file)
+    if (code := _in_ranks(args)) is not None:
+        return code
     from tidar_mega.decode import generate
 
-    prompt = args.prompt if args.prompt is not None else _read_text(args.prompt_file)
-    _write_json(args.json, generate.run(args.checkpoint, args.overrides, prompt, args.show_commits))
+    _write_json(args.json, generate.run(args.checkpoint, args.overrides, prompt, args.show_commits, args.trace))
+    return None
+
+
+def _in_ranks(args) -> int | None:
+    """Where decode.* wants several processes: starts them with this same command and returns their exit code.
+
+    None in one of them, or where one process is enough.
+    """
+    from tidar_mega import launch
+    from tidar_mega.decode import load
+
+    if launch.is_worker():
+        if os.environ["RANK"] != "0":
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+            args.json = None
+        return None
+    processes = load.processes(load.saved(args.checkpoint, args.overrides)[1])
+    if processes == 1:
+        return None
+    import torch
+
+    return launch.run_local(args.arguments, processes, torch.cuda.device_count())
 
 
 def _read_text(path: Path) -> str:
@@ -252,14 +285,41 @@ def _add_bench_decode(parser, _) -> None:
     _add_measurement(parser, decode)
 
 
+def _add_bench_slots(parser, _) -> None:
+    from tidar_mega.bench import slots
+
+    _add_checkpoint(parser)
+    _add_measurement(parser, slots)
+
+
 def _add_measurement(parser, module) -> None:
     parser.set_defaults(verb=_bench, measure=module.run)
     module.add_arguments(parser)
     _add_json(parser)
 
 
-def _bench(args) -> None:
+def _bench(args) -> int | None:
+    if "checkpoint" in args and (code := _in_ranks(args)) is not None:
+        return code
     _write_json(args.json, args.measure(args))
+    return None
+
+
+# convert
+
+
+def _add_convert(parser, _) -> None:
+    parser.set_defaults(verb=_convert)
+    _add_checkpoint(parser)
+    parser.add_argument(
+        "--to", type=Path, required=True, metavar="FOLDER", help="a new folder for the Hugging Face model"
+    )
+
+
+def _convert(args) -> None:
+    from tidar_mega.decode import load
+
+    print(load.export(args.checkpoint, args.overrides, args.to))
 
 
 _VERBS = {
@@ -268,13 +328,18 @@ _VERBS = {
     "plan": (_add_plan, "Say what a run would take: memory, FLOPs, communication, time; find the layouts that fit."),
     "pretrain": (_add_pretrain, "Train, or go on from the newest checkpoint of the run folder."),
     "generate": (_add_generate, "Continue a prompt, streamed as tokens are committed."),
+    "convert": (
+        _add_convert,
+        "Write a checkpoint as a Hugging Face model, for transformers and all that builds on it.",
+    ),
     "bench": (_add_bench, "Measure speed as a ratio against a baseline in the same run."),
 }
 _BENCHES = {
     "attention": (_add_bench_attention, "Attention backends against the dense mask and plain causal attention."),
     "train": (_add_bench_train, "A training step against a plain-PyTorch model with the dense mask."),
     "layouts": (_add_bench_layouts, "Every parallel layout against one process, and its share of communication."),
-    "decode": (_add_bench_decode, "Fused decoding against plain AR decoding in the same engine."),
+    "decode": (_add_bench_decode, "Fused decoding against plain AR in the same engine, and against transformers."),
+    "slots": (_add_bench_slots, "One decoding forward against its number of rows; decode.outcomes=auto uses it."),
 }
 
 if __name__ == "__main__":

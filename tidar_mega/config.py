@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -141,17 +142,28 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """Defaults of `tidar generate` and `tidar bench decode`."""
+    """How `tidar generate`, `tidar bench decode` and evaluations decode; none of it is fixed by the training run."""
 
     mode: str = "fused"  # fused | ar
     block: int | None = None  # draft length at decode time; train.block when null
+    # behind which outcomes of a verified draft the next one is made at once: auto | all | last | none | [1, 3, ..]
+    outcomes: Any = "auto"
     dtype: str = "fp32"  # fp32 | bf16; only fp32 keeps near-ties, and so exactness, out of the kernels' hands
+    tensor: int = 1  # processes that split every layer, whatever the layout of the training run was
+    pipeline: int = 1  # processes that hold consecutive layers
+    data: int = 1  # replicas, which divide the prompts
+    batch: int = 16  # most requests decoded at once
     capacity: int = 4096  # most tokens of a prompt and its continuation together
+    cache_tokens: int | None = None  # what the pages of keys and values hold; batch x capacity when null
+    prefill_chunk: int = 512  # prompt tokens encoded by one forward
     max_tokens: int = 128
     temperature: float = 0.0  # 0 = greedy
     top_k: int = 0  # 0 = all
     top_p: float = 1.0
     seed: int = 0
+    acceptance: str = "coupled"  # coupled: the output is AR's own | rejection: distributed as AR's
+    beta: float = 1.0  # below 1, mixed verification: the masks have a say, and the output is no longer AR's
+    stop: list[str] = field(default_factory=list)  # texts that end a continuation
 
 
 @dataclass(frozen=True)
@@ -248,6 +260,11 @@ def check(config: Config) -> None:
         "log.interval": config.log.interval,
         "decode.max_tokens": config.decode.max_tokens,
         "decode.capacity": config.decode.capacity,
+        "decode.tensor": config.decode.tensor,
+        "decode.pipeline": config.decode.pipeline,
+        "decode.data": config.decode.data,
+        "decode.batch": config.decode.batch,
+        "decode.prefill_chunk": config.decode.prefill_chunk,
     }.items():
         _require(value > 0, key, value, "a number above 0")
     for key, value in {
@@ -269,17 +286,14 @@ def check(config: Config) -> None:
     _choice("precision.fp8_format", config.precision.fp8_format, ("hybrid", "e4m3"))
     _choice("parallel.recompute", p.recompute, ("none", "selective", "full"))
     _choice("optimizer.schedule", o.schedule, ("cosine", "wsd", "constant"))
-    _choice("decode.mode", config.decode.mode, ("fused", "ar"))
-    _choice("decode.dtype", config.decode.dtype, ("fp32", "bf16"))
     _require(0 < t.draft_fraction <= 1, "train.draft_fraction", t.draft_fraction, "above 0 and at most 1")
     for key, beta in {"optimizer.beta1": o.beta1, "optimizer.beta2": o.beta2}.items():
         _require(0 <= beta < 1, key, beta, "0 or more and below 1")
-    _require(0 < config.decode.top_p <= 1, "decode.top_p", config.decode.top_p, "above 0 and at most 1")
-    _require(config.decode.block is None or config.decode.block > 0, "decode.block", config.decode.block, "1 or more")
     _check_shapes(config)
     _check_parallel(config)
     _check_precision(config)
     _check_schedule(config)
+    _check_decode(config)
 
 
 def _check_shapes(config: Config) -> None:
@@ -371,6 +385,26 @@ def _check_schedule(config: Config) -> None:
     if o.schedule == "wsd":
         rest = steps - o.warmup_steps
         _require(0 < o.decay_steps <= rest, "optimizer.decay_steps", o.decay_steps, f"1 to {rest} (steps - warm-up)")
+
+
+def _check_decode(config: Config) -> None:
+    d, m = config.decode, config.model
+    _choice("decode.mode", d.mode, ("fused", "ar"))
+    _choice("decode.dtype", d.dtype, ("fp32", "bf16"))
+    _choice("decode.acceptance", d.acceptance, ("coupled", "rejection"))
+    _require(0 < d.top_p <= 1, "decode.top_p", d.top_p, "above 0 and at most 1")
+    _require(0 <= d.beta <= 1, "decode.beta", d.beta, "from 0 (trust the masks) to 1 (trust AR, exact)")
+    _require(d.block is None or d.block > 0, "decode.block", d.block, "1 or more")
+    _require(d.cache_tokens is None or d.cache_tokens > 0, "decode.cache_tokens", d.cache_tokens, "1 or more")
+    named = d.outcomes in ("auto", "all", "last", "none")
+    listed = isinstance(d.outcomes, list) and all(isinstance(o, int) and o > 0 for o in d.outcomes)
+    _require(named or listed, "decode.outcomes", d.outcomes, "auto, all, last, none or a list such as [1,4]")
+    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_multiple"):
+        value = getattr(m, name)
+        _require(value % d.tensor == 0, "decode.tensor", d.tensor, f"a divisor of model.{name} ({value})")
+    _require(
+        m.num_layers % d.pipeline == 0, "decode.pipeline", d.pipeline, f"a divisor of model.num_layers ({m.num_layers})"
+    )
 
 
 def check_batch(config: Config, data_parallel: int) -> None:

@@ -35,7 +35,7 @@ def main() -> None:
         "decode.temperature=1",
     )
     decode = RUN / "bench_decode.json"
-    tidar("bench", "decode", str(RUN), "--json", str(decode))
+    tidar("bench", "decode", str(RUN), "--batches", "1", "--blocks", "4", "--no-peers", "--json", str(decode))
     figures = summary(json.loads(decode.read_text()), (time.monotonic() - started) / 60)
     if not is_new:
         print("\nAn earlier run was gone on with: `minutes` does not cover it.")

@@ -89,6 +89,13 @@ class Tokenizer:
         _write(folder / MODEL_FILE, self._core.to_str(pretty=False))
         _write(folder / SPECIALS_FILE, json.dumps({"version": 1, "vocab_size": self.vocab_size, **specials}, indent=1))
 
+    @property
+    def transformers_config(self) -> dict:
+        """What tokenizer_config.json must say beside tokenizer.json, for Hugging Face's AutoTokenizer."""
+        names = {"end_of_document": "eos_token", "padding": "pad_token", "mask": "mask_token"}
+        tokens = {names[role]: token for role, token in self._specials.items()}
+        return {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **tokens}
+
     def encode(self, text: str) -> list[int]:
         return self._core.encode(text, add_special_tokens=False).ids
 

@@ -1,120 +1,196 @@
-"""Preallocated keys and values of decoding, and the attention of new rows over them.
+"""Keys and values of decoding in fixed pages, and the attention of a forward's rows over them.
 
-A forward writes its T new rows right behind the committed length of each request and attends over
-[committed | new]. Everything committed is visible to every row (orders below L), so only the last T columns need a
-mask, and that mask depends on the relative rows alone: it is made once per kind of forward. A commit advances lengths
-and moves nothing: the accepted verify rows are already where they belong, all other rows are overwritten next time.
+A request holds whole pages for all that it may ever commit, from its admission to its end; a run of neighbouring pages
+is read as one view, so nothing is gathered. Of a forward's rows only the clean ones are written, right behind the
+committed ones: a commit advances a length, a rejected row is overwritten by the next forward, an end gives the pages
+back, and nothing is ever moved. Mask rows are read by their own forward alone and are never stored.
 
-Shape suffixes: N requests, T new rows, H query heads, G key heads, F = H/G query heads of one key head, E head width,
-P committed rows (the longest request's), K = P + T keys, Q = F*T query rows of one key head, C capacity.
+Everything committed is visible to every row (orders below L), so only the forward's own T columns need a mask, and that
+mask is the plan's: it is the same at every step.
+
+Shape suffixes: T rows of a forward, N requests, H query heads, G key heads, F = H/G query heads of one key head, E head
+width, S slots of the cache, t rows of one request, Q = F*t of its query rows per key head, P committed, K = P + t keys.
 """
 
 from __future__ import annotations
 
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from tidar_mega.rows import Rows, visible
+
+class Pages:
+    """Which of `count` pages are free. Gives the fewest runs of neighbouring pages that it can."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._free = [range(count)] if count else []  # in order, never touching one another
+
+    @property
+    def free(self) -> int:
+        return sum(map(len, self._free))
+
+    def take(self, count: int) -> list[range] | None:
+        """Runs of `count` pages in all, or None if there are not enough: the tightest single run, else the longest."""
+        if count > self.free:
+            return None
+        fitting = [run for run in self._free if len(run) >= count]
+        order = [min(fitting, key=len)] if fitting else sorted(self._free, key=len, reverse=True)
+        taken = []
+        for run in order:
+            self._free.remove(run)
+            taken.append(run[:count])
+            if len(run) > count:
+                bisect.insort(self._free, run[count:], key=lambda r: r.start)
+            count -= len(taken[-1])
+            if not count:
+                return taken
+        raise AssertionError("free pages were counted wrongly")
+
+    def give_back(self, runs: Sequence[range]) -> None:
+        merged: list[range] = []
+        for run in sorted([*self._free, *runs], key=lambda r: r.start):
+            if merged and merged[-1].stop == run.start:
+                merged[-1] = range(merged[-1].start, run.stop)
+            else:
+                assert not merged or merged[-1].stop < run.start, "a page was given back twice"
+                merged.append(run)
+        self._free = merged
 
 
-class KVCache:
-    """Keys and values [N, G, C, E] of every layer, and the committed length of every request.
+class PagedCache:
+    """Keys and values of this rank's layers and key heads: for each layer number, k and v [G, S, E] of S slots.
 
     One tensor per layer, not one for all: a compiled forward that writes slices of a shared tensor copies it.
     """
 
     def __init__(
         self,
-        layers: int,
-        requests: int,
+        layers: Sequence[int],
         heads: int,
-        capacity: int,
         width: int,
+        pages: int,
+        page: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape = (requests, heads, capacity, width)
-        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
-        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
-        self.lengths = [0] * requests
-        self.capacity = capacity
+        shape = (heads, pages * page, width)
+        self.page, self.device, self.pages = page, device, Pages(pages)
+        self.k = {layer: torch.zeros(shape, dtype=dtype, device=device) for layer in layers}
+        self.v = {layer: torch.zeros(shape, dtype=dtype, device=device) for layer in layers}
 
-    def commit(self, request: int, count: int) -> None:
-        """The first `count` of the rows that the last forward wrote for this request are kept."""
-        self.lengths[request] += count
+    def pages_of(self, tokens: int) -> int:
+        """Pages that hold so many tokens."""
+        return -(-tokens // self.page)
+
+    def take(self, tokens: int) -> Slots | None:
+        """Room for `tokens` rows of one request; None if it is not free now."""
+        runs = self.pages.take(self.pages_of(tokens))
+        return None if runs is None else Slots(runs, self.page)
+
+    def give_back(self, slots: Slots) -> None:
+        self.pages.give_back(slots.runs)
 
 
-def mask_bias(rows: Rows, heads_per_key: int, dtype: torch.dtype) -> Tensor:
-    """Additive mask among the relative rows [1, T]: [F*T, T], 0 where visible, -inf elsewhere."""
-    hidden_TT = ~visible(rows, rows)[0]
-    bias_TT = torch.zeros(hidden_TT.shape, dtype=dtype, device=hidden_TT.device).masked_fill_(hidden_TT, -torch.inf)
-    return bias_TT.repeat(heads_per_key, 1)
+class Slots:
+    """Where the rows of one request are, in their order: runs of pages."""
+
+    def __init__(self, runs: list[range], page: int) -> None:
+        self.runs = runs
+        self.slots = [range(run.start * page, run.stop * page) for run in runs]
+
+    def of(self, start: int, stop: int) -> list[range]:
+        """The slots of rows start..stop-1, as runs."""
+        found, before = [], 0
+        for run in self.slots:
+            first, last = max(start - before, 0), min(stop - before, len(run))
+            if first < last:
+                found.append(run[first:last])
+            before += len(run)
+        assert sum(map(len, found)) == stop - start, "more rows than a request was admitted for"
+        return found
 
 
-class CachedAttention:
-    """The attention context of one forward: T new rows of the requests `requests` (a slice of the cache).
+@dataclass(frozen=True)
+class Part:
+    """The rows of one request in a forward.
 
-    Exact attention, softmax in float32 or better. The query heads of a key head are folded into rows, so that keys are
-    neither repeated nor read twice. Requests of one length need one product over [committed | new]; else the committed
-    part is padded to the longest and the two parts meet in the softmax.
+    rows     where they are among all rows of the forward
+    clean    how many of them, from the first, are clean
+    slots    the request's
+    length   rows that it has committed
+    bias_tt  the plan's mask among the rows; None for a single row
     """
 
-    def __init__(self, cache: KVCache, bias_QT: Tensor, requests: slice) -> None:
-        self.cache, self.bias_QT, self.requests = cache, bias_QT, requests
-        self.lengths = cache.lengths[requests]
-        self.rows = bias_QT.shape[1]
-        assert max(self.lengths) + self.rows <= cache.capacity, "the engine admits only what fits"
-        self.ragged = len(set(self.lengths)) > 1
-        if self.ragged:
-            self._prepare_ragged(bias_QT)
-
-    def _prepare_ragged(self, bias_QT: Tensor) -> None:
-        device = bias_QT.device
-        length_N1 = torch.tensor(self.lengths, device=device)[:, None]
-        self.request_N1 = torch.arange(len(self.lengths), device=device)[:, None]
-        self.row_NT = length_N1 + torch.arange(self.rows, device=device)
-        beyond_NP = torch.arange(max(self.lengths), device=device) >= length_N1
-        self.bias_NP = torch.zeros(beyond_NP.shape, dtype=bias_QT.dtype, device=device)
-        self.bias_NP.masked_fill_(beyond_NP, -torch.inf)
-
-    def attend(self, layer_number: int, q_TNHE: Tensor, k_TNGE: Tensor, v_TNGE: Tensor, scale: float) -> Tensor:
-        """Writes the new keys and values of layer 1.. and returns the attention's output [T, N, H, E]."""
-        k_NGCE = self.cache.k[layer_number - 1][self.requests]
-        v_NGCE = self.cache.v[layer_number - 1][self.requests]
-        (T, N, H, E), G = q_TNHE.shape, k_TNGE.shape[2]
-        q_ZQE = (q_TNHE * scale).view(T, N, G, H // G, E).permute(1, 2, 3, 0, 4).reshape(N * G, H // G * T, E)
-        attend = self._ragged if self.ragged else self._aligned
-        out_ZQE = attend(q_ZQE, k_NGCE, v_NGCE, k_TNGE, v_TNGE)
-        return out_ZQE.view(N, G, H // G, T, E).permute(3, 0, 1, 2, 4).reshape(T, N, H, E)
-
-    def _aligned(self, q_ZQE, k_NGCE, v_NGCE, k_TNGE, v_TNGE) -> Tensor:
-        start, stop = self.lengths[0], self.lengths[0] + self.rows
-        k_NGCE[:, :, start:stop] = k_TNGE.permute(1, 2, 0, 3)
-        v_NGCE[:, :, start:stop] = v_TNGE.permute(1, 2, 0, 3)
-        score_ZQK = torch.bmm(q_ZQE, _flat(k_NGCE[:, :, :stop]).transpose(1, 2))
-        if self.rows > 1:
-            score_ZQK[:, :, start:] += self.bias_QT
-        return torch.bmm(_softmax(score_ZQK), _flat(v_NGCE[:, :, :stop]))
-
-    def _ragged(self, q_ZQE, k_NGCE, v_NGCE, k_TNGE, v_TNGE) -> Tensor:
-        k_NGCE[self.request_N1, :, self.row_NT] = k_TNGE.transpose(0, 1)
-        v_NGCE[self.request_N1, :, self.row_NT] = v_TNGE.transpose(0, 1)
-        longest = max(self.lengths)
-        bias_Z1P = self.bias_NP.repeat_interleave(k_TNGE.shape[2], dim=0)[:, None]
-        new_k_ZTE, new_v_ZTE = (x.permute(1, 2, 0, 3).flatten(0, 1) for x in (k_TNGE, v_TNGE))
-        committed_ZQP = torch.baddbmm(bias_Z1P, q_ZQE, _flat(k_NGCE[:, :, :longest]).transpose(1, 2))
-        new_ZQT = torch.baddbmm(self.bias_QT, q_ZQE, new_k_ZTE.transpose(1, 2))
-        weight_ZQK = _softmax(torch.cat([committed_ZQP, new_ZQT], dim=2))
-        out_ZQE = torch.bmm(weight_ZQK[:, :, longest:], new_v_ZTE)
-        return out_ZQE.baddbmm_(weight_ZQK[:, :, :longest], _flat(v_NGCE[:, :, :longest]))
+    rows: range
+    clean: int
+    slots: Slots
+    length: int
+    bias_tt: Tensor | None
 
 
-def _flat(x_NGKE: Tensor) -> Tensor:
-    """[N*G, K, E], without a copy: requests and heads lie at one common stride."""
-    N, G, K, E = x_NGKE.shape
-    return x_NGKE.as_strided((N * G, K, E), (x_NGKE.stride(1), E, 1), x_NGKE.storage_offset())
+class PagedAttention:
+    """The attention context of one forward: each request's rows over what it has committed and over one another.
+
+    Exact, softmax in float32 or better. The query heads of a key head are folded into rows, so that keys are neither
+    repeated nor read twice.
+    """
+
+    def __init__(self, cache: PagedCache, parts: Sequence[Part]) -> None:
+        self.cache = cache
+        rows, slots = [], []
+        for part in parts:
+            rows += part.rows[: part.clean]
+            for run in part.slots.of(part.length, part.length + part.clean):
+                slots += run
+        self.clean_C = None if len(rows) == sum(len(p.rows) for p in parts) else _index(rows, cache.device)
+        self.slot_C = _index(slots, cache.device)
+        # a single row sees itself as the newest of the committed ones
+        self.read = [(p, p.slots.of(0, p.length + (p.bias_tt is None))) for p in parts]
+
+    def attend(self, layer_number: int, q_T1HE: Tensor, k_T1GE: Tensor, v_T1GE: Tensor, scale: float) -> Tensor:
+        """Stores the clean rows' keys and values; the attention's output [T, 1, H, E]."""
+        k_GSE, v_GSE = self.cache.k[layer_number], self.cache.v[layer_number]
+        (T, _, H, E), G = q_T1HE.shape, k_T1GE.shape[2]
+        k_GTE, v_GTE = k_T1GE.view(T, G, E).transpose(0, 1), v_T1GE.view(T, G, E).transpose(0, 1)
+        self._store(k_GSE, k_GTE)
+        self._store(v_GSE, v_GTE)
+        q_TGFE = (q_T1HE * scale).view(T, G, H // G, E)
+        out_TGFE = torch.empty_like(q_TGFE)
+        for part, runs in self.read:
+            rows = slice(part.rows.start, part.rows.stop)
+            q_GQE = q_TGFE[rows].permute(1, 2, 0, 3).reshape(G, -1, E)
+            new = None if part.bias_tt is None else (k_GTE[:, rows], v_GTE[:, rows], part.bias_tt)
+            out_GQE = _attend(q_GQE, [(k_GSE[:, r.start : r.stop], v_GSE[:, r.start : r.stop]) for r in runs], new)
+            out_TGFE[rows] = out_GQE.view(G, H // G, -1, E).permute(2, 0, 1, 3)
+        return out_TGFE.view(T, 1, H, E)
+
+    def _store(self, x_GSE: Tensor, new_GTE: Tensor) -> None:
+        x_GSE.index_copy_(1, self.slot_C, new_GTE if self.clean_C is None else new_GTE.index_select(1, self.clean_C))
 
 
-def _softmax(score_ZQK: Tensor) -> Tensor:
-    wide = torch.promote_types(score_ZQK.dtype, torch.float32)
-    return score_ZQK.softmax(dim=-1, dtype=wide).to(score_ZQK.dtype)
+def _attend(q_GQE: Tensor, committed: list[tuple[Tensor, Tensor]], new: tuple[Tensor, Tensor, Tensor] | None) -> Tensor:
+    """Softmax over all committed keys and the new ones: the pieces of the scores meet in one softmax."""
+    scores = [torch.bmm(q_GQE, k_GPE.transpose(1, 2)) for k_GPE, _ in committed]
+    values = [v_GPE for _, v_GPE in committed]
+    if new is not None:
+        k_GtE, v_GtE, bias_tt = new
+        score_GQt = torch.bmm(q_GQE, k_GtE.transpose(1, 2))
+        score_GQt.unflatten(1, (-1, len(bias_tt))).add_(bias_tt)
+        scores.append(score_GQt)
+        values.append(v_GtE)
+    score_GQK = torch.cat(scores, dim=2) if len(scores) > 1 else scores[0]
+    wide = torch.promote_types(score_GQK.dtype, torch.float32)
+    weight_GQK = score_GQK.softmax(dim=-1, dtype=wide).to(score_GQK.dtype)
+    pieces = weight_GQK.split([v.shape[1] for v in values], dim=2)
+    out_GQE = torch.bmm(pieces[0], values[0])
+    for weight_GQP, v_GPE in zip(pieces[1:], values[1:], strict=True):
+        out_GQE.baddbmm_(weight_GQP, v_GPE)
+    return out_GQE
+
+
+def _index(numbers: list[int], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device=device)

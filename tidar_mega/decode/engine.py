@@ -1,32 +1,38 @@
 """The decoding engine: prompts in, exact continuations out, several tokens per forward.
 
-Requests are decoded in batches in lock-step; each has its own length, draft, acceptance and end. Mode "ar" runs the
-same loop, model, cache and `choose` with one row per forward: the baseline that fused decoding must equal and beat.
+Requests join and leave between forwards (continuous batching). Every step is one forward of all running requests: those
+that decode verify their drafts, those that have just joined encode the next pieces of their prompts. Every request has
+its own length, draft, acceptance and end; none changes what another gets. Mode "ar" runs the same steps with one row
+per request: the baseline that fused decoding must equal and beat.
 
-Shape suffixes: N requests, B draft slots.
+Every rank of a tensor-parallel and pipeline layout runs the same engine with the same calls; the schedule is a function
+of the calls and of the forwards' results alone. Replicas (data parallel) divide the prompts of `generate`.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 
-import torch
-from torch import Tensor
+import torch.distributed as dist
 
 from tidar_mega.config import UserError
-from tidar_mega.decode.cache import KVCache
-from tidar_mega.decode.forward import Forwards, Step
-from tidar_mega.decode.sampling import Sampling, SamplingParams
-from tidar_mega.model.gpt import HybridGPT
+from tidar_mega.decode.cache import PagedCache
+from tidar_mega.decode.forward import Forwards, Result, Work
+from tidar_mega.decode.latency import Latency
+from tidar_mega.decode.outcomes import Automatic, Drafting, Fixed
+from tidar_mega.decode.requests import Commit, Generation, Request
+from tidar_mega.decode.sampling import SamplingParams
+from tidar_mega.model.inference import InferenceModel
 
 MODES = ("fused", "ar")
 
 
 class Specials(Protocol):
-    """What the engine asks of a tokenizer: ids 0 .. vocab_size - 1, of which `pad` and `mask` are no text."""
+    """What the engine asks of a tokenizer: ids 0 .. vocab_size - 1, of which `pad` and `mask` are no text, and, for
+    stop strings and texts, `decode`."""
 
     vocab_size: int
     eod: int
@@ -34,143 +40,226 @@ class Specials(Protocol):
     mask: int
 
 
-@dataclass(frozen=True)
-class Commit:
-    """What one forward gave one request.
-
-    request   its number among the prompts
-    tokens    new output, cut at a stop token or the longest length
-    draft     the tokens that the forward verified; the first is the last output token (empty: the prompt's forward)
-    accepted  how many of them AR confirmed, the first included, before any cut (0: the prompt's forward)
-    finished  "stop" or "length" on the last commit of a request
-    """
-
-    request: int
-    tokens: list[int]
-    draft: list[int]
-    accepted: int
-    finished: str | None
-
-
-@dataclass
-class Generation:
-    """One request's continuation.
-
-    tokens         with the stop token that ended it, if one did
-    commits        tokens that each forward gave; the first is the prompt's forward, which always gives one
-    accepted       draft tokens that each later forward confirmed (1..B), before a cut at the end
-    finish_reason  "stop" or "length"
-    seconds        from the start of its batch to its end
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    commits: list[int] = field(default_factory=list)
-    accepted: list[int] = field(default_factory=list)
-    finish_reason: str = ""
-    seconds: float = 0.0
-
-    @property
-    def forwards(self) -> int:
-        """All forwards, the prompt's included."""
-        return len(self.commits)
-
-    @property
-    def tokens_per_forward(self) -> float:
-        """Output tokens per forward behind the prompt's (1 in AR decoding; 1 where there was none)."""
-        return sum(self.commits[1:]) / len(self.commits[1:]) if len(self.commits) > 1 else 1.0
-
-    @property
-    def text_tokens(self) -> list[int]:
-        """`tokens` without the stop token."""
-        return self.tokens[:-1] if self.finish_reason == "stop" else self.tokens
-
-    def acceptance_histogram(self, block: int) -> list[int]:
-        """How many forwards confirmed 1, 2, .. `block` draft tokens."""
-        return [self.accepted.count(r) for r in range(1, block + 1)]
-
-
 class Engine:
-    """Decodes with a trained HybridGPT.
+    """Decodes with a trained model.
 
     model          on its device, in the dtype to decode in (only float32 keeps near-ties out of the kernels' hands)
     specials       a tokenizer, or anything with its vocab_size, eod, pad and mask
     block          draft length; 1 makes both modes plain AR
     capacity       most tokens of a prompt and its continuation together
-    batch          most requests decoded at once; more are taken in turn
-    prefill_chunk  prompt tokens encoded by one forward
+    batch          most requests decoded at once; more wait
+    prefill_chunk  prompt tokens encoded by one forward, of all joining requests together
+    outcomes       behind which outcomes the next draft is made at once: all, last, none or a list of 1..block; see
+                   `choose_outcomes`
+    cache_tokens   what the pages of keys and values hold, of all requests together; None: `batch` times `capacity`
+    replicas       data-parallel group, whose members divide the prompts of `generate`; None: alone
     """
 
     def __init__(
         self,
-        model: HybridGPT,
+        model: InferenceModel,
         specials: Specials,
         block: int,
         capacity: int,
         batch: int = 16,
         prefill_chunk: int = 512,
+        outcomes: str | Sequence[int] = "all",
+        cache_tokens: int | None = None,
+        page: int = 64,
+        replicas: dist.ProcessGroup | None = None,
     ) -> None:
-        for name, value in {"block": block, "batch": batch, "prefill_chunk": prefill_chunk}.items():
+        given = {"block": block, "batch": batch, "prefill_chunk": prefill_chunk, "page": page}
+        for name, value in given.items():
             if value < 1:
                 raise UserError(f"{name} = {value}: must be 1 or more")
         if capacity < 2:
             raise UserError(f"capacity = {capacity}: must be 2 or more, a prompt token and a new one")
-        self.model, self.specials = model, specials
+        self.model, self.specials, self.replicas = model, specials, replicas
         self.block, self.capacity, self.batch, self.prefill_chunk = block, capacity, batch, prefill_chunk
-        self.device = next(model.parameters()).device
-        self.group = model.pg_collection.tp
-        self.forwards = {
-            "fused": Forwards(model, block, specials.mask, self.device),
-            "ar": Forwards(model, 1, specials.mask, self.device),
-        }
+        self.policy: Fixed | Automatic = Fixed(Drafting.of(block, outcomes))
+        pages = batch * -(-(capacity + block - 1) // page) if cache_tokens is None else -(-cache_tokens // page)
+        heads, width = model.key_heads, model.config.kv_channels
+        self.cache = PagedCache(model.layer_numbers, heads, width, pages, page, model.dtype, model.device)
+        forbidden = [specials.pad, specials.mask, *range(specials.vocab_size, model.vocab * model.tensor.size())]
+        self.forwards = Forwards(model, self.cache, specials.mask, forbidden)
+        self._drafts_all = self.policy.most == Drafting.of(block, "all")
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+
+    def choose_outcomes(self, latency: Latency) -> None:
+        """From now on the fastest draft length up to `block` and outcomes, by the machine's latency curve, for however
+        many requests run."""
+        self.policy = Automatic(self.block, latency)
+        self._drafts_all = True
+
+    # whole continuations
 
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams], mode: str = "fused"
     ) -> list[Generation]:
-        """Continues every prompt; `params` for all, or one each. Both modes give the same tokens.
+        """Continues every prompt; `params` for all, or one each. Both modes give the same tokens (see
+        Generation.exact).
 
         A prompt is one document from its start, positions from 0. Raises UserError on a prompt that is empty, holds
-        ids that are no text or leaves no room for a token, before anything is computed.
+        ids that are no text, leaves no room for a token or can never fit the pages, before anything is computed.
         """
-        results = [Generation() for _ in prompts]
-        started = time.perf_counter()
-        for commit in self.stream_batch(prompts, params, mode):
-            if commit is None:  # the next batch starts
-                started = time.perf_counter()
-                continue
-            result = results[commit.request]
-            result.tokens += commit.tokens
-            result.commits.append(len(commit.tokens))
-            if commit.draft:
-                result.accepted.append(commit.accepted)
-            if commit.finished:
-                result.finish_reason, result.seconds = commit.finished, time.perf_counter() - started
-        return results
+        requests = self._requests(prompts, params, mode)
+        size, rank = (1, 0) if self.replicas is None else (self.replicas.size(), self.replicas.rank())
+        for _ in self._run(requests[rank::size]):
+            pass
+        if size > 1:
+            self._exchange(requests, rank, size)
+        return [request.result for request in requests]
 
     def stream(self, prompt: Sequence[int], params: SamplingParams, mode: str = "fused") -> Iterator[Commit]:
         """Continues one prompt, yielding what each forward gives as soon as it is known. Raises as `generate`."""
-        return (commit for commit in self.stream_batch([prompt], params, mode) if commit is not None)
+        return self._run(self._requests([prompt], params, mode))
 
-    def stream_batch(self, prompts, params, mode: str = "fused") -> Iterator[Commit | None]:
-        """Continues every prompt; yields each commit, and None where another batch of requests starts."""
+    def _run(self, requests: list[Request]) -> Iterator[Commit]:
+        """Until these are finished; given up half-way, they leave the engine."""
+        self.waiting.extend(requests)
+        try:
+            while any(not request.finished for request in requests):
+                yield from (commit for request, commit in self.step() if request in requests)
+        finally:
+            for request in requests:
+                self.cancel(request)
+
+    def _exchange(self, requests: list[Request], rank: int, size: int) -> None:
+        found = [None] * size
+        dist.all_gather_object(found, [r.result for r in requests[rank::size]], group=self.replicas)
+        for i, request in enumerate(requests):
+            request.result = found[i % size][i // size]
+
+    # requests that join and leave
+
+    def add(self, prompt: Sequence[int], params: SamplingParams, mode: str = "fused") -> Request:
+        """Queues a request, to be carried on by `step`. Raises UserError as `generate`."""
+        (request,) = self._requests([prompt], params, mode)
+        self.waiting.append(request)
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """Ends a request now, waiting or running; does nothing to one that has ended."""
+        if request.finished:
+            return
+        if request in self.waiting:
+            self.waiting.remove(request)
+        self._end(request, "cancelled")
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.waiting and not self.running
+
+    def step(self) -> list[tuple[Request, Commit]]:
+        """One forward of everything that runs, after admitting what fits; what it gave, empty if nothing runs."""
+        self._admit()
+        turns = self._turns()
+        results = self.forwards.run([work for _, work in turns]) if turns else []
+        commits = []
+        for (request, _), result in zip(turns, results, strict=True):
+            verified, request.draft = request.draft, self.next_draft(request, result)
+            request.proposal_SV = result.proposal_SV
+            request.length += result.kept
+            if verified and request.mode == "fused":
+                self.policy.observe(len(verified), len(result.tokens))
+            if result.tokens:
+                commits.append((request, self._commit(request, result, verified)))
+        return commits
+
+    def _admit(self) -> None:
+        """In order of arrival: who must wait for pages lets nobody past, so that everybody's turn comes."""
+        while self.waiting and len(self.running) < self.batch:
+            request = self.waiting[0]
+            slots = self.cache.take(self._need(request))
+            if slots is None:
+                return
+            request.slots, request.admitted = slots, time.perf_counter()
+            self.running.append(self.waiting.popleft())
+
+    def _need(self, request: Request) -> int:
+        """Rows that a request may write: the last forward starts before the end, and verifies a whole draft."""
+        return len(request.prompt) + request.limit + (self.block if request.mode == "fused" else 1) - 1
+
+    def _drafting(self, request: Request) -> Drafting:
+        """How far a request drafts now."""
+        if request.mode == "ar":
+            return Drafting(1)
+        if request.params.rule == "mixed":
+            return Drafting.of(self.block, "all")
+        return self.policy.drafting(len(self.running), not request.params.is_greedy)
+
+    def _turns(self) -> list[tuple[Request, Work]]:
+        """What each running request does next; joining ones share the prompt tokens of a forward in their order."""
+        budget, turns = self.prefill_chunk, []
+        for r in self.running:
+            drafting = self._drafting(r)
+            if not r.prompt_left:
+                plan, tokens = drafting.step(len(r.draft)), r.draft
+            elif budget:
+                tokens = r.prompt[r.length : r.length + budget]
+                budget -= len(tokens)
+                plan = drafting.prompt(len(tokens), len(tokens) == r.prompt_left)
+            else:
+                continue
+            turns.append((r, Work(plan, tokens, r.slots, r.length, r.params, r.proposal_SV)))
+        return turns
+
+    def next_draft(self, request: Request, result: Result) -> list[int]:
+        """What the request verifies next."""
+        return result.draft
+
+    def _commit(self, request: Request, result: Result, verified: list[int]) -> Commit:
+        tokens, finished = request.cut(result.tokens)
+        accepted = len(result.tokens) if verified else 0
+        logprobs = result.logprobs[: len(tokens)]
+        commit = Commit(request.number, tokens, verified, accepted, finished, logprobs, request.draft)
+        request.result.add(commit)
+        if finished:
+            self._end(request, finished)
+        return commit
+
+    def _end(self, request: Request, reason: str) -> None:
+        request.result.finish_reason = reason
+        if request in self.running:
+            self.running.remove(request)
+            self.cache.give_back(request.slots)
+            request.result.seconds = time.perf_counter() - request.admitted
+        if request.decode_text is not None:
+            request.result.text = request.text()
+
+    # checks
+
+    def _requests(self, prompts, params, mode: str) -> list[Request]:
         all_params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if mode not in MODES:
             raise UserError(f"mode = {mode!r}: must be one of {', '.join(MODES)}")
         if len(all_params) != len(prompts):
             raise UserError(f"{len(all_params)} sampling parameters for {len(prompts)} prompts: give one, or one each")
-        for number, prompt in enumerate(prompts):
-            self._check_prompt(number, prompt)
-        return self._run_batches(prompts, all_params, mode)
+        pairs = enumerate(zip(prompts, all_params, strict=True))
+        return [self._request(number, prompt, own, mode) for number, (prompt, own) in pairs]
 
-    def _run_batches(self, prompts, params: list[SamplingParams], mode: str) -> Iterator[Commit | None]:
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            for first in range(0, len(prompts), self.batch):
-                yield None
-                part = slice(first, first + self.batch)
-                yield from _Batch(self, self.forwards[mode], first, prompts[part], params[part]).run()
-        finally:
-            self.model.train(was_training)
+    def _request(self, number: int, prompt: Sequence[int], params: SamplingParams, mode: str) -> Request:
+        self._check_prompt(number, prompt)
+        decode = getattr(self.specials, "decode", None)
+        if params.stop_strings and decode is None:
+            raise UserError("stop_strings: the engine was given no tokenizer that can decode; use stop_tokens")
+        if params.rule == "mixed" and (mode == "ar" or self.block == 1 or not self._drafts_all):
+            raise UserError(
+                f"beta = {params.beta}: mixed verification reads the masks behind every outcome; "
+                "use mode = fused, outcomes = all and a block of 2 or more, or beta = 1"
+            )
+        stops = {self.specials.eod} if params.stop_tokens is None else set(params.stop_tokens)
+        limit = min(params.max_tokens, self.capacity - len(prompt))
+        request = Request(number, prompt, params, mode, limit, frozenset(stops), decode)
+        request.result.exact = params.rule != "mixed"
+        held = self.cache.pages.count * self.cache.page
+        if self.cache.pages_of(self._need(request)) > self.cache.pages.count:
+            raise UserError(
+                f"prompt {number} has {len(prompt)} tokens and may get {limit} more: the engine's pages hold {held} "
+                "tokens in all; lower max_tokens or raise cache_tokens"
+            )
+        return request
 
     def _check_prompt(self, number: int, prompt: Sequence[int]) -> None:
         s = self.specials
@@ -187,76 +276,3 @@ class Engine:
                 f"prompt {number} holds id {bad[0]}: must be a text token, 0 .. {s.vocab_size - 1} without "
                 f"padding ({s.pad}) and mask ({s.mask})"
             )
-
-    def sampling(self, params: Sequence[SamplingParams]) -> Sampling:
-        """Never chosen, by AR and draft alike: the mask, padding and the ids that only fill up the vocabulary."""
-        width = self.model.head_weight.shape[0]
-        forbidden = [self.specials.pad, self.specials.mask]
-        forbidden += range(self.specials.vocab_size, width * self.group.size())
-        return Sampling.of(params, forbidden, width, self.device, self.group)
-
-    def cache(self, requests: int, capacity: int) -> KVCache:
-        shape = self.model.config
-        dtype = next(self.model.parameters()).dtype
-        heads = shape.num_query_groups // self.group.size()
-        return KVCache(shape.num_layers, requests, heads, capacity, shape.kv_channels, dtype, self.device)
-
-
-class _Batch:
-    """Requests decoded in lock-step. A finished one stays in place, its length no longer advanced."""
-
-    def __init__(self, engine: Engine, forwards: Forwards, first: int, prompts, params: Sequence[SamplingParams]):
-        self.engine, self.forwards, self.first, self.prompts = engine, forwards, first, prompts
-        self.params = params
-        self.sampling = engine.sampling(params)
-        limits = [min(p.max_tokens, engine.capacity - len(t)) for t, p in zip(prompts, params, strict=True)]
-        longest = max(len(t) + limit for t, limit in zip(prompts, limits, strict=True))
-        # the last forward starts before the end and its rows, accepted or not, are all written
-        self.kv = engine.cache(len(prompts), longest + forwards.step_rows)
-        self.room = limits
-        self.stops = [{engine.specials.eod} if p.stop_tokens is None else set(p.stop_tokens) for p in params]
-
-    def run(self) -> Iterator[Commit]:
-        drafts = []
-        for n in range(len(self.prompts)):
-            step = self._prefill(n)
-            drafts.append(step.draft_NB)
-            yield self._emit(n, step.choice_NB[0].tolist(), [], 0)
-        draft_NB = torch.cat(drafts)
-        while any(self.room):
-            verified_NB = draft_NB
-            draft_NB, outcomes = self._step(verified_NB)
-            for n, (accepted, choice, verified) in enumerate(outcomes):
-                if self.room[n]:
-                    commit = self._emit(n, choice[:accepted], verified, accepted)
-                    if not commit.finished:  # else its rows may lie beyond the cut, and nothing follows them
-                        self.kv.commit(n, accepted)
-                    yield commit
-
-    @torch.inference_mode()
-    def _prefill(self, n: int) -> Step:
-        tokens, size = self.prompts[n], self.engine.prefill_chunk
-        sampling = self.engine.sampling([self.params[n]])
-        for start in range(0, len(tokens), size):
-            piece = torch.tensor([list(tokens[start : start + size])], device=self.engine.device)
-            plan = self.forwards.prompt_plan(piece.shape[1], drafts=start + size >= len(tokens))
-            step = self.forwards.prompt_chunk(plan, self.kv, n, piece, sampling)
-        return step
-
-    @torch.inference_mode()
-    def _step(self, draft_NB: Tensor) -> tuple[Tensor, list[tuple[int, list[int], list[int]]]]:
-        """The next draft, and for each request (accepted, AR's choices, the draft): one copy from the device."""
-        step = self.forwards.step(self.kv, draft_NB, self.sampling)
-        block = draft_NB.shape[1]
-        table = torch.cat([step.accepted_N[:, None], step.choice_NB, draft_NB], dim=1).tolist()
-        return step.draft_NB, [(row[0], row[1 : 1 + block], row[1 + block :]) for row in table]
-
-    def _emit(self, n: int, tokens: list[int], draft: list[int], accepted: int) -> Commit:
-        """Cuts what a forward gave at the request's end."""
-        tokens = tokens[: self.room[n]]
-        self.room[n] -= len(tokens)
-        finished = None if self.room[n] else "length"
-        stop = next((i for i, token in enumerate(tokens) if token in self.stops[n]), None)
-        if stop is not None:
-            tokens, finished, self.room[n] = tokens[: stop + 1], "stop", 0
-        return Commit(self.first + n, tokens, draft, accepted, finished)

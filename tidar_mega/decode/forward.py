@@ -1,149 +1,289 @@
-"""The forwards of decoding: prompt, fused and plain AR, all through the same model, cache and `choose`.
+"""One forward of decoding for any mix of requests: prompts, drafts to verify, plain AR steps, all through one model.
 
-Every forward is a *plan*: relative rows with a static mask, made once. A forward adds each request's committed length
-to the places and fills in the tokens; nothing else changes from step to step. AR decoding is the plan of one row.
+Every request brings a *plan*: relative rows with a static mask, made once (`methods/tidar.py`, `decoding_rows`). The
+rows of all requests lie behind one another in one sequence, so requests of different plans share the forward. What a
+plan's rows decide is said by the request's *rule* (`rules.py`), which asks for the logits that it needs and no others.
 
-Shape suffixes: N requests, T rows, B draft slots, S = B - 1 draft slots behind the first, D hidden width.
+Every rank of a tensor-parallel or pipeline layout runs this with the same requests and gets the same results.
+
+Shape suffixes: T rows of the forward, N requests of one plan and rule, C choosing rows, S = slots - 1 draft slots
+behind the first, D hidden width, V vocabulary ids of this rank, R rows with logits.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from tidar_mega.decode import accept
-from tidar_mega.decode.cache import CachedAttention, KVCache, mask_bias
-from tidar_mega.decode.sampling import Sampling, choose
-from tidar_mega.methods.tidar import fused_rows
-from tidar_mega.model.gpt import HybridGPT
-from tidar_mega.rows import Rows, concatenate
+from tidar_mega.decode.approximate import mixed
+from tidar_mega.decode.cache import PagedAttention, PagedCache, Part, Slots
+from tidar_mega.decode.rejection import rejection
+from tidar_mega.decode.rules import Decision, coupled
+from tidar_mega.decode.sampling import Sampling, SamplingParams
+from tidar_mega.methods.tidar import decoding_rows
+from tidar_mega.model.attention import AttentionContext
+from tidar_mega.rows import Rows, concatenate, visible
+
+RULES = {"coupled": coupled, "rejection": rejection, "mixed": mixed}
+
+
+class DecodingModel(Protocol):
+    """What decoding asks of a model (`model/inference.py`)."""
+
+    device: torch.device
+    dtype: torch.dtype
+    vocab: int  # logits of this tensor-parallel rank
+    tensor: dist.ProcessGroup
+    pipeline: dist.ProcessGroup
+
+    def __call__(self, rows: Rows, context: AttentionContext) -> Tensor | None: ...
+
+    def logits(self, hidden_ND: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Relative rows [1, T] of one kind of forward, for a committed length of 0, and their additive mask.
+    """The rows of one request in one forward.
 
-    The first `clean` rows take tokens and may be committed; the others are drafting slots.
+    clean     rows that take tokens: a piece of a prompt, or drafted tokens to verify
+    choosing  how many of them, from the last, AR speaks behind: all of a draft, one at a prompt's end, none inside it
+    outcomes  numbers of kept clean rows behind each of which a group of masks drafts
+    slots     masks of a group: the next draft's length
     """
 
-    rows: Rows
-    bias_QT: Tensor
     clean: int
+    choosing: int
+    outcomes: tuple[int, ...] = ()
+    slots: int = 1
+
+    @property
+    def rows(self) -> int:
+        return self.clean + len(self.outcomes) * self.slots
 
 
 @dataclass(frozen=True)
-class Step:
-    """What a forward decided for N requests.
+class Work:
+    """What one request wants of a forward: its plan, the tokens of the clean rows, and where its rows are kept.
 
-    choice_NB  ids that AR chooses behind the accepted tokens; the first `accepted` of them are new output
-    accepted_N how many rows are committed
-    draft_NB   tokens to verify next; the first is AR's own last choice
+    proposal_SV  the logits that the drafted tokens behind the first were drawn from; only the rejection rule keeps them
     """
 
-    choice_NB: Tensor
-    accepted_N: Tensor
-    draft_NB: Tensor
+    plan: Plan
+    tokens: Sequence[int]
+    slots: Slots
+    length: int
+    params: SamplingParams
+    proposal_SV: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a forward gave one request.
+
+    kept      clean rows to commit
+    tokens    new output: those drafted tokens that were confirmed, and what was chosen behind them
+    draft     tokens to verify next; the first is the last new output, alone where nothing was drafted behind `kept`
+    logprobs  of `tokens` under the AR half, before temperature and filters; empty if the request does not want them
+    proposal_SV  as in Work, for the next forward
+    """
+
+    kept: int
+    tokens: list[int]
+    draft: list[int]
+    logprobs: list[float] = field(default_factory=list)
+    proposal_SV: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """The requests of one plan and rule in a forward.
+
+    first_N     their first rows among all rows
+    length_N    what they have committed
+    draft_NC    the tokens of the choosing rows
+    """
+
+    plan: Plan
+    sampling: Sampling
+    works: list[Work]
+    first_N: Tensor
+    length_N: Tensor
+    draft_NC: Tensor
+    wants_logprobs: bool
+
+    @property
+    def choosing_rows(self) -> Tensor:
+        """int64 [N, C]"""
+        p = self.plan
+        return self.first_N[:, None] + torch.arange(p.clean - p.choosing, p.clean, device=self.first_N.device)
+
+    @property
+    def choosing_order(self) -> Tensor:
+        """The places that AR chooses for, int64 [N, C]."""
+        p = self.plan
+        slot_C = torch.arange(p.clean - p.choosing + 1, p.clean + 1, device=self.first_N.device)
+        return self.length_N[:, None] + slot_C
+
+    def drafting_rows(self, group_M: Tensor, request_M: Tensor, first_slot: int) -> Tensor:
+        """The mask rows of one group of each of some requests, from slot `first_slot` on, int64 [M, slots - first]."""
+        p = self.plan
+        slot_S = torch.arange(first_slot, p.slots, device=self.first_N.device)
+        return (self.first_N[request_M] + p.clean + group_M * p.slots)[:, None] + slot_S
+
+    def drafting_order(self, kept_M: Tensor, request_M: Tensor, first_slot: int) -> Tensor:
+        slot_S = torch.arange(first_slot, self.plan.slots, device=self.first_N.device)
+        return (self.length_N[request_M] + kept_M)[:, None] + slot_S
 
 
 class Forwards:
-    """The plans of one model and block size, and the forwards made of them.
+    """The forwards of one model.
 
-    `block` 1 is plain AR decoding: there is nothing to draft behind AR's own choice.
+    forbidden  ids that are no text and never chosen, by AR and draft alike
     """
 
-    def __init__(self, model: HybridGPT, block: int, mask_id: int, device: torch.device) -> None:
-        self.model, self.block, self.mask_id, self.device = model, block, mask_id, device
-        self.step_plan = self._plan(fused_rows(block, mask_id) if block > 1 else causal_rows(1), clean=block)
-        self.step_rows = self.step_plan.rows.shape[1]
-        self.prompt_plan = functools.lru_cache(maxsize=4)(self._prompt_plan)  # prompts come in pieces of one size
-        self._slot_B = torch.arange(block, device=device)
-        self._slot_S = torch.arange(1, block, device=device)
+    def __init__(self, model: DecodingModel, cache: PagedCache, mask_id: int, forbidden: Sequence[int]) -> None:
+        self.model, self.cache, self.mask_id, self.forbidden = model, cache, mask_id, tuple(forbidden)
+        self.device = model.device
+        # what the requests of the last forwards had in common is not made again
+        self.rows_of = functools.lru_cache(maxsize=32)(self._rows_of)
+        self.rows_together = functools.lru_cache(maxsize=32)(self._rows_together)
+        self.sampling = functools.lru_cache(maxsize=32)(self._sampling)
 
-    def _prompt_plan(self, tokens: int, drafts: bool) -> Plan:
-        """`tokens` causal rows and, at the end of a prompt, the masks of the first draft, which see all of them."""
-        rows = causal_rows(tokens)
-        if drafts and self.block > 1:
-            rows = concatenate([rows, draft_rows(tokens, self.block, self.mask_id)], dim=1)
-        return self._plan(rows, clean=tokens)
+    @torch.inference_mode()
+    def run(self, works: Sequence[Work]) -> list[Result]:
+        """One forward. The order of the results is that of `works`."""
+        placed = self._place(works)
+        hidden_T1D = self.hidden(works)
+        members = self._members(works)
+        groups = [self._group([works[i] for i in m], [placed[i] for i in m]) for m in members]
+        decisions = None if hidden_T1D is None else self._decide(hidden_T1D[:, 0], groups)
+        results = [Result(work.plan.clean, [], []) for work in works]  # inside a prompt nothing is chosen
+        for places, found in zip(members, self._share(groups, decisions), strict=True):
+            for i, result in zip(places, found, strict=True):
+                results[i] = result
+        return results
 
-    def _plan(self, rows: Rows, clean: int) -> Plan:
-        shape = self.model.config
-        heads_per_key = shape.num_attention_heads // shape.num_query_groups
-        dtype = next(self.model.parameters()).dtype
-        rows = rows.to(self.device)
-        return Plan(rows, mask_bias(rows, heads_per_key, dtype), clean)
+    def hidden(self, works: Sequence[Work]) -> Tensor | None:
+        """Hidden states of all rows, [T, 1, D], request by request; the clean rows' keys and values are in the cache.
+        None on pipeline stages before the last."""
+        parts = [
+            Part(rows, work.plan.clean, work.slots, work.length, self.rows_of(work.plan)[1])
+            for work, rows in zip(works, self._place(works), strict=True)
+        ]
+        return self.model(self._rows(works), PagedAttention(self.cache, parts))
 
-    def hidden(self, plan: Plan, cache: KVCache, requests: slice, token_NB: Tensor) -> Tensor:
-        """Hidden states [T, N, D] of the plan's rows behind what each request has committed."""
-        length_N1 = torch.tensor(cache.lengths[requests], device=self.device)[:, None]
-        rows = plan.rows.map(lambda x_1T: x_1T.expand(len(length_N1), -1))
-        rows = replace(
-            rows,
-            token=torch.cat([token_NB, rows.token[:, plan.clean :]], dim=1),
-            position=rows.position + length_N1,
-            order=rows.order + length_N1,
-            horizon=rows.horizon + length_N1,
-        )
-        return self.model(rows=rows, context=CachedAttention(cache, plan.bias_QT, requests))
+    # rows
 
-    def prompt_chunk(self, plan: Plan, cache: KVCache, request: int, token_1T: Tensor, sampling: Sampling) -> Step:
-        """Encodes a piece of one request's prompt and commits it; the last piece also makes the first draft.
+    def _rows_of(self, plan: Plan) -> tuple[Rows, Tensor | None]:
+        """Relative rows and the additive mask among them, [T, T]: 0 where visible, -inf elsewhere."""
+        rows = decoding_rows(plan.clean, plan.outcomes, plan.slots, self.mask_id).to(self.device)
+        if plan.rows == 1:
+            return rows, None
+        hidden_TT = ~visible(rows, rows)[0]
+        bias_TT = torch.zeros(hidden_TT.shape, dtype=self.model.dtype, device=self.device)
+        return rows, bias_TT.masked_fill_(hidden_TT, -torch.inf)
 
-        `choice_NB` then holds AR's choice behind the prompt, d[0]; the masks give the draft of the slots behind it.
-        """
-        hidden_T1D = self.hidden(plan, cache, slice(request, request + 1), token_1T)
-        cache.commit(request, plan.clean)
-        length = cache.lengths[request]
-        drafted = hidden_T1D.shape[0] - plan.clean
-        last_TD = hidden_T1D[plan.clean - 1 :, 0]
-        kept_TD = torch.cat([last_TD[:1], last_TD[2:]])  # the first mask stands where AR has just chosen
-        order_1B = length + self._slot_B[None, : max(drafted, 1)]
-        draft_1B = choose(self.model.logits(kept_TD)[None], order_1B, sampling)
-        return Step(draft_1B[:, :1], torch.ones_like(draft_1B[:, 0]), draft_1B)
+    @staticmethod
+    def _place(works: Sequence[Work]) -> list[range]:
+        """Where the rows of each request are."""
+        first, placed = 0, []
+        for work in works:
+            placed.append(range(first, first + work.plan.rows))
+            first += work.plan.rows
+        return placed
 
-    def autoregressive(self, cache: KVCache, draft_N1: Tensor, sampling: Sampling) -> Step:
-        """One token per request."""
-        requests = slice(0, len(draft_N1))
-        hidden_1ND = self.hidden(self.step_plan, cache, requests, draft_N1)
-        order_N1 = torch.tensor(cache.lengths, device=self.device)[:, None] + 1
-        choice_N1 = choose(self.model.logits(hidden_1ND.transpose(0, 1)), order_N1, sampling)
-        return Step(choice_N1, torch.ones_like(choice_N1[:, 0]), choice_N1)
+    def _rows(self, works: Sequence[Work]) -> Rows:
+        """All rows, [1, T]. Relative places, moved by what each request has committed."""
+        tokens, lengths = [], []
+        for work in works:
+            tokens += [*work.tokens, *[self.mask_id] * (work.plan.rows - work.plan.clean)]
+            lengths += [work.length] * work.plan.rows
+        token_1T, length_1T = torch.tensor([[tokens], [lengths]], device=self.device)
+        rows = self.rows_together(tuple(work.plan for work in works))
+        moved = {name: getattr(rows, name) + length_1T for name in ("position", "order", "horizon")}
+        return replace(rows, token=token_1T, **moved)
 
-    def fused(self, cache: KVCache, draft_NB: Tensor, sampling: Sampling) -> Step:
-        """Verifies the draft and drafts behind every possible outcome, in one forward (arXiv 2511.08923, section 3.2).
+    def _rows_together(self, plans: tuple[Plan, ...]) -> Rows:
+        return concatenate([self.rows_of(plan)[0] for plan in plans], dim=1)
 
-        The head runs on the B verify rows and then only on the group of the actual outcome, and there only on the slots
-        behind the first, which is AR's own choice.
-        """
-        requests = slice(0, len(draft_NB))
-        hidden_TND = self.hidden(self.step_plan, cache, requests, draft_NB)
-        order_NB = torch.tensor(cache.lengths, device=self.device)[:, None] + 1 + self._slot_B
-        choice_NB = choose(self.model.logits(hidden_TND[: self.block].transpose(0, 1)), order_NB, sampling)
-        accepted_N = accept.exact(draft_NB, choice_NB)
-        last_N1 = accepted_N[:, None] - 1
-        row_NS = self.block + last_N1 * self.block + self._slot_S
-        hidden_NSD = hidden_TND[row_NS, torch.arange(len(draft_NB), device=self.device)[:, None]]
-        drafted_NS = choose(self.model.logits(hidden_NSD), order_NB[:, :1] + last_N1 + self._slot_S, sampling)
-        return Step(choice_NB, accepted_N, torch.cat([choice_NB.gather(1, last_N1), drafted_NS], dim=1))
+    # decisions
 
-    def step(self, cache: KVCache, draft_NB: Tensor, sampling: Sampling) -> Step:
-        return (self.fused if self.block > 1 else self.autoregressive)(cache, draft_NB, sampling)
+    def _sampling(self, params: tuple[SamplingParams, ...]) -> Sampling:
+        group = self.model.tensor
+        return Sampling.of(params, self.forbidden, self.model.vocab, self.device, group)
+
+    @staticmethod
+    def _members(works: Sequence[Work]) -> list[list[int]]:
+        """The places in `works` of those that choose, by plan and rule."""
+        found: dict[tuple[Plan, str, float], list[int]] = {}
+        for i, work in enumerate(works):
+            if work.plan.choosing:
+                found.setdefault((work.plan, work.params.rule, work.params.beta), []).append(i)
+        return list(found.values())
+
+    def _group(self, works: list[Work], placed: list[range]) -> Group:
+        plan = works[0].plan
+        table = [
+            [rows.start, w.length, *w.tokens[plan.clean - plan.choosing :]]
+            for w, rows in zip(works, placed, strict=True)
+        ]
+        numbers = torch.tensor(table, device=self.device)
+        sampling = self.sampling(tuple(work.params for work in works))
+        logprobs = any(work.params.logprobs for work in works)
+        return Group(plan, sampling, works, numbers[:, 0], numbers[:, 1], numbers[:, 2:], logprobs)
+
+    def _decide(self, hidden_TD: Tensor, groups: list[Group]) -> list[Decision]:
+        """Runs the rules of all groups side by side: what they ask for at the same time shares one product."""
+        rules = [RULES[group.works[0].params.rule](group) for group in groups]
+        wanted = [next(rule) for rule in rules]
+        decisions: dict[int, Decision] = {}
+        while len(decisions) < len(rules):
+            asking = [i for i in range(len(rules)) if i not in decisions]
+            logits_RV = self.model.logits(hidden_TD[torch.cat([wanted[i].flatten() for i in asking])])
+            pieces = logits_RV.split([wanted[i].numel() for i in asking])
+            for i, piece_RV in zip(asking, pieces, strict=True):
+                try:
+                    wanted[i] = rules[i].send(piece_RV.view(*wanted[i].shape, -1))
+                except StopIteration as end:
+                    decisions[i] = end.value
+        return [decisions[i] for i in range(len(rules))]
+
+    def _share(self, groups: list[Group], decisions: list[Decision] | None) -> list[list[Result]]:
+        """The results of all groups, on every pipeline stage: one copy from the device."""
+        columns = [2 + 2 * group.plan.choosing + group.plan.slots - 1 for group in groups]
+        sizes = [len(group.works) * width for group, width in zip(groups, columns, strict=True)]
+        packed = torch.empty(sum(sizes), dtype=torch.float64, device=self.device)
+        if decisions:
+            tables = [d.packed(group.plan.slots).flatten() for d, group in zip(decisions, groups, strict=True)]
+            torch.cat(tables, out=packed)
+        if self.model.pipeline.size() > 1 and groups:
+            dist.broadcast(packed, group=self.model.pipeline, group_src=self.model.pipeline.size() - 1)
+        tables = [t.view(-1, width).tolist() for t, width in zip(packed.cpu().split(sizes), columns, strict=True)]
+        proposals = [_proposals(d) for d in decisions] if decisions else [{}] * len(groups)
+        return [
+            [_result(group, row, proposal.get(n)) for n, row in enumerate(table)]
+            for group, table, proposal in zip(groups, tables, proposals, strict=True)
+        ]
 
 
-def causal_rows(count: int) -> Rows:
-    """Relative clean rows [1, count]: each sees the ones before it."""
-    order_1T = torch.arange(count)[None]
-    zero_1T = torch.zeros_like(order_1T)
-    return Rows(zero_1T, order_1T, order_1T, order_1T + 1, zero_1T, zero_1T, zero_1T, zero_1T.float())
+def _proposals(decision: Decision) -> dict[int, Tensor]:
+    drafted = decision.drafted
+    if drafted is None or drafted.proposal_MSV is None:
+        return {}
+    return dict(zip(drafted.request_M.tolist(), drafted.proposal_MSV, strict=True))
 
 
-def draft_rows(first: int, block: int, mask_id: int) -> Rows:
-    """One group of relative mask rows [1, block] at the places first.., which see everything before `first`."""
-    order_1B = first + torch.arange(block)[None]
-    zero_1B = torch.zeros_like(order_1B)
-    token_1B = torch.full_like(order_1B, mask_id)
-    horizon_1B, group_1B = torch.full_like(order_1B, first), torch.ones_like(order_1B)
-    return Rows(token_1B, order_1B, order_1B, horizon_1B, group_1B, zero_1B, zero_1B, zero_1B.float())
+def _result(group: Group, row: list[float], proposal_SV: Tensor | None) -> Result:
+    """One line of `Decision.packed`."""
+    plan, (accepted, has_draft, *numbers) = group.plan, row
+    C, accepted = plan.choosing, int(accepted)
+    tokens = [int(token) for token in numbers[:accepted]]
+    logprobs = numbers[C : C + accepted] if group.wants_logprobs else []
+    draft = [int(token) for token in numbers[2 * C :]] if has_draft else []
+    return Result(plan.clean - C + accepted, tokens, [tokens[-1], *draft], logprobs, proposal_SV)

@@ -2,36 +2,47 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 
 from tidar_mega.config import UserError
 from tidar_mega.data.tokenizer import Tokenizer
+from tidar_mega.decode import trace
 from tidar_mega.decode.load import load_engine
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
-def run(path: Path, overrides: list[str], prompt: str, show_commits: bool) -> dict:
+def run(path: Path, overrides: list[str], prompt: str, show_commits: bool, trace_to: Path | None = None) -> dict:
     """Prints the continuation; returns its text, tokens and what each forward committed.
 
-    With `show_commits`, a bar stands behind the tokens of each forward. Raises UserError.
+    With `show_commits`, a bar stands behind the tokens of each forward. `trace_to` as in `trace.write`. Raises
+    UserError.
     """
     loaded = load_engine(path, overrides)
     tokens = loaded.tokenizer.encode(prompt)
     if not tokens:
         raise UserError("the prompt is empty: there is nothing to continue; give --prompt some text")
+    params = loaded.params
+    if params.rule == "mixed":
+        print(
+            f"decode.beta = {params.beta}: the masks have a say, so this is not the AR half's own output",
+            file=sys.stderr,
+        )
     printer = _Printer(loaded.tokenizer, prompt)
     started = time.perf_counter()
     commits = []
-    for commit in loaded.engine.stream(tokens, loaded.params, loaded.config.decode.mode):
-        commits.append(commit.tokens)
+    for commit in loaded.engine.stream(tokens, params, loaded.config.decode.mode):
+        commits.append(commit)
         printer.add(commit.tokens[:-1] if commit.finished == "stop" else commit.tokens)
         if show_commits:
             printer.mark()
     printer.end()
     seconds = time.perf_counter() - started
-    return _summary(printer.text, commits, seconds, show_commits)
+    if trace_to is not None:
+        trace.write(commits, loaded.tokenizer.decode, trace_to)
+    return _summary(printer.text, [commit.tokens for commit in commits], seconds, show_commits)
 
 
 def _summary(text: str, commits: list[list[int]], seconds: float, show: bool) -> dict:

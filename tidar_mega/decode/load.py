@@ -1,20 +1,27 @@
-"""From a checkpoint on disk to an engine that decodes it, whatever layout it was trained in."""
+"""From a checkpoint on disk to an engine that decodes it, in whatever layout: not that of the training run."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tidar_mega import config as config_module
 from tidar_mega import device
-from tidar_mega.checkpoint import store
+from tidar_mega.checkpoint import convert, store
 from tidar_mega.checkpoint.state import sharded_weights
 from tidar_mega.config import Config
 from tidar_mega.data.tokenizer import Tokenizer
+from tidar_mega.decode import latency
 from tidar_mega.decode.engine import Engine
+from tidar_mega.decode.latency import Latency
 from tidar_mega.decode.sampling import SamplingParams
 from tidar_mega.model import gpt
-from tidar_mega.parallel.mesh import build_mesh
+from tidar_mega.model.gpt import HybridGPT
+from tidar_mega.model.inference import InferenceModel
+from tidar_mega.parallel.mesh import Mesh, build_mesh
+
+MOST_ROWS = 272  # of a request in a measured forward: a draft of 16 behind all of its outcomes
 
 
 @dataclass(frozen=True)
@@ -23,43 +30,120 @@ class Loaded:
     tokenizer: Tokenizer
     config: Config
     checkpoint: Path
+    mesh: Mesh
 
     @property
     def params(self) -> SamplingParams:
         """The sampling parameters that `decode.*` says."""
         d = self.config.decode
-        return SamplingParams(d.max_tokens, d.temperature, d.top_k, d.top_p, d.seed)
+        return SamplingParams(
+            max_tokens=d.max_tokens,
+            temperature=d.temperature,
+            top_k=d.top_k,
+            top_p=d.top_p,
+            seed=d.seed,
+            stop_strings=tuple(d.stop),
+            acceptance=d.acceptance,
+            beta=d.beta,
+        )
+
+    def latency(self) -> Latency:
+        """The latency curve of this machine: the stored one, or measured and stored now."""
+        stored = latency.load(self.run_folder, latency.key(self.engine.forwards))
+        return self.mesh.same(stored) or self.measure_latency()[0]
+
+    def measure_latency(self, prefix: int = 512, repeats: int = 5) -> tuple[Latency, Path]:
+        """Measures the curve behind `prefix` committed tokens and stores it in the run folder. Collective."""
+        e, d = self.engine, self.config.decode
+        rows = min(e.block * (e.block + 1), MOST_ROWS)
+        sizes = sorted({n for n in (1, 2, 4, 8, 16, 32, 64) if n < d.batch} | {d.batch})
+        room = d.batch * (prefix + rows + 64)
+        bare = Engine(e.model, self.tokenizer, e.block, d.capacity, batch=d.batch, cache_tokens=room)
+        curve = self.mesh.same(latency.measure(bare.forwards, sizes, rows, prefix, repeats))
+        path = self.run_folder / latency.FILE
+        if self.mesh.is_main:
+            latency.save(self.run_folder, latency.key(e.forwards), curve)
+        return curve, path
 
     @property
-    def parameters(self) -> int:
-        """Weights of the model."""
-        return sum(p.numel() for p in self.engine.model.parameters())
+    def run_folder(self) -> Path:
+        parent = self.checkpoint.parent
+        return parent.parent if parent.name == "checkpoints" else parent
+
+
+def saved(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> tuple[Path, Config]:
+    """The newest checkpoint of a run folder, or the given one, and its settings with `overrides`. Raises
+    CheckpointError or ConfigError."""
+    checkpoint = store.resolve(path)
+    return checkpoint, config_module.override(store.saved_config(store.read_meta(checkpoint)), overrides)
+
+
+def processes(config: Config) -> int:
+    """How many ranks decode together."""
+    return config.decode.tensor * config.decode.pipeline * config.decode.data
 
 
 def load_engine(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Loaded:
-    """The newest checkpoint of a run folder, or the given one, on this process alone.
+    """An engine for a checkpoint: in this process alone, or as one rank of the world that a launcher described.
 
-    The settings are those of the checkpoint with `overrides`. Raises CheckpointError or ConfigError.
+    Raises CheckpointError or ConfigError.
     """
-    checkpoint = store.resolve(path)
-    meta = store.read_meta(checkpoint)
-    config = _for_one_process(config_module.override(store.saved_config(meta), overrides))
-    device.start_alone()
-    build_mesh(config)
+    checkpoint, config = saved(path, overrides)
+    config = _layout(config)
+    if processes(config) == 1:
+        device.start_alone()
+    else:
+        device.start_process_group(config, int(os.environ.get("LOCAL_RANK", "0")))
+    mesh = build_mesh(config)
     tokenizer = Tokenizer.load(checkpoint / "tokenizer")
-    (model,) = gpt.build(config, meta["vocab_size"])
+    model, d = InferenceModel(load_model(checkpoint, config)), config.decode
+    engine = Engine(
+        model,
+        tokenizer,
+        d.block or config.train.block,
+        d.capacity,
+        batch=d.batch,
+        prefill_chunk=d.prefill_chunk,
+        outcomes="all" if d.outcomes == "auto" else d.outcomes,
+        cache_tokens=d.cache_tokens,
+        replicas=mesh.data if mesh.data_size > 1 else None,
+    )
+    loaded = Loaded(engine, tokenizer, config, checkpoint, mesh)
+    if d.outcomes == "auto":
+        engine.choose_outcomes(loaded.latency())
+    return loaded
+
+
+def load_model(checkpoint: Path, config: Config) -> HybridGPT:
+    """This rank's part of the saved weights, in the layout and precision that `config` says."""
+    (model,) = gpt.build(config, store.read_meta(checkpoint)["vocab_size"], training=False)
     parts = store.load(checkpoint, sharded_weights(model))
     model.load_state_dict(parts["model"], strict=True)
-    model.eval()
-    engine = Engine(model, tokenizer, config.decode.block or config.train.block, config.decode.capacity)
-    return Loaded(engine, tokenizer, config, checkpoint)
+    return model
 
 
-def _for_one_process(config: Config) -> Config:
-    """Decoding has its own precision, and its layout is not that of the training run."""
+def export(path: Path, overrides: list[str] | tuple[str, ...], folder: Path) -> Path:
+    """Writes a checkpoint as a Hugging Face model in `decode.dtype`. Raises CheckpointError, ConfigError, UserError."""
+    checkpoint, config = saved(path, [*overrides, "decode.tensor=1", "decode.pipeline=1", "decode.data=1"])
+    config = _layout(config)
+    device.start_alone()
+    build_mesh(config)
+    return write_transformers(checkpoint, config, folder)
+
+
+def write_transformers(checkpoint: Path, config: Config, folder: Path) -> Path:
+    """As `export`, inside a world of one process."""
+    tokenizer = Tokenizer.load(checkpoint / "tokenizer")
+    model, about = load_model(checkpoint, config), tokenizer.transformers_config
+    return convert.export(model, config, checkpoint / "tokenizer", about, tokenizer.eod, folder)
+
+
+def _layout(config: Config) -> Config:
+    """Decoding has its own precision and its own layout; of the layers it wants only the weights."""
+    d = config.decode
     return replace(
         config,
-        parallel=config_module.ParallelConfig(),
-        precision=config_module.PrecisionConfig(dtype=config.decode.dtype),
-        train=replace(config.train, global_batch_size=1, micro_batch_size=1),
+        parallel=config_module.ParallelConfig(tensor=d.tensor, pipeline=d.pipeline, data=d.data),
+        precision=config_module.PrecisionConfig(dtype=d.dtype, layers="local"),
+        train=replace(config.train, global_batch_size=d.data, micro_batch_size=1),
     )

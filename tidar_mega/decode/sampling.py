@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from torch import Tensor
 from tidar_mega.config import UserError
 
 FEW = 256  # on a CPU, sorting this many of a row's logits is far cheaper than sorting all, and mostly enough for top-p
+ACCEPTANCES = ("coupled", "rejection")
 LOWEST_TEMPERATURE = 1e-3  # below it, logits / T leaves float32's useful range; 0 is greedy
 
 
@@ -34,6 +35,11 @@ class SamplingParams:
     top_p        keep the most likely ids up to this share of the probability that top_k left; 1 = all
     seed         of the noise, any integer of 64 bits; the same seed and prompt give the same continuation
     stop_tokens  ids that end the continuation (and are its last token); None = the end-of-document id, () = none
+    stop_strings texts that end the continuation, which then ends with the token that completes the first of them
+    logprobs     also give the log-probability of every new token under the AR half, at temperature 1 without filters
+    acceptance   "coupled": AR and draft share their noise, so that the output is AR's own; "rejection": speculative
+                 sampling, distributed as AR's (greedy decoding is coupled either way)
+    beta         mixed verification: below 1, the masks' logits are mixed into AR's, and the output is no longer AR's
     """
 
     max_tokens: int = 128
@@ -42,6 +48,10 @@ class SamplingParams:
     top_p: float = 1.0
     seed: int = 0
     stop_tokens: tuple[int, ...] | None = None
+    stop_strings: tuple[str, ...] = ()
+    logprobs: bool = False
+    acceptance: str = "coupled"
+    beta: float = 1.0
 
     def __post_init__(self) -> None:
         _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "1 or more")
@@ -50,12 +60,29 @@ class SamplingParams:
         _require(self.top_k >= 0, "top_k", self.top_k, "0 (all ids) or more")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1 (all ids)")
         _require(-(2**63) <= self.seed < 2**63, "seed", self.seed, "an integer of 64 bits")
+        ok = self.acceptance in ACCEPTANCES
+        _require(ok, "acceptance", repr(self.acceptance), f"one of {', '.join(ACCEPTANCES)}")
+        _require(0 <= self.beta <= 1, "beta", self.beta, "from 0 (trust the masks) to 1 (trust AR, exact)")
+        if self.beta < 1 and self.acceptance != "coupled":
+            raise UserError(
+                f"beta = {self.beta}: mixed verification has no rejection; set acceptance = coupled or beta = 1"
+            )
         if self.stop_tokens is not None:
             object.__setattr__(self, "stop_tokens", tuple(self.stop_tokens))
+        _require(not isinstance(self.stop_strings, str), "stop_strings", repr(self.stop_strings), "a list of texts")
+        object.__setattr__(self, "stop_strings", tuple(self.stop_strings))
+        _require(all(self.stop_strings), "stop_strings", self.stop_strings, "texts that are not empty")
 
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0
+
+    @property
+    def rule(self) -> str:
+        """What decides (`rules.py`): coupled and rejection are exact, mixed is not."""
+        if self.beta < 1:
+            return "mixed"
+        return "coupled" if self.is_greedy else self.acceptance
 
     def for_request(self, number: int) -> SamplingParams:
         """The same with a seed of its own, so that the requests of a batch get independent noise."""
@@ -136,6 +163,13 @@ class Sampling:
             group=group if group is not None and group.size() > 1 else None,
         )
 
+    def take(self, request_M: Tensor) -> Sampling:
+        """The parameters of some of the requests."""
+        if len(request_M) == len(self.key_N):
+            return self
+        names = [f.name for f in fields(self) if f.name.endswith("_N")]
+        return replace(self, **{name: getattr(self, name)[request_M] for name in names})
+
 
 def choose(logits_NCV: Tensor, order_NC: Tensor, sampling: Sampling) -> Tensor:
     """The ids [N, C] for the places `order_NC`, from float32 logits (overwritten at the forbidden ids).
@@ -152,6 +186,48 @@ def choose(logits_NCV: Tensor, order_NC: Tensor, sampling: Sampling) -> Tensor:
     if sampling.candidates:
         score_NCV.masked_fill_(scaled_NCV < _threshold(scaled_NCV, sampling), -torch.inf)
     return _argmax(score_NCV, sampling)
+
+
+def log_probabilities(logits_NCV: Tensor, sampling: Sampling) -> Tensor:
+    """Log-softmax over all text ids, whatever the temperature and the filters (forbidden ids are overwritten)."""
+    logits_NCV.index_fill_(-1, sampling.forbidden, -torch.inf)
+    return logits_NCV - log_sum(logits_NCV, sampling.group)
+
+
+def log_distribution(logits_NCV: Tensor, sampling: Sampling) -> Tensor:
+    """Log-probabilities that `choose` draws from: under the temperature, top-k and top-p of each request."""
+    logits_NCV.index_fill_(-1, sampling.forbidden, -torch.inf)
+    scaled_NCV = logits_NCV * sampling.scale_N[:, None, None]
+    if sampling.candidates:
+        scaled_NCV.masked_fill_(scaled_NCV < _threshold(scaled_NCV, sampling), -torch.inf)
+    return scaled_NCV - log_sum(scaled_NCV, sampling.group)
+
+
+def draw(weight_NCV: Tensor, order_NC: Tensor, sampling: Sampling, purpose: int) -> Tensor:
+    """Ids [N, C] drawn from log-weights that need not be normalised, with noise of `purpose` (1..) and place."""
+    noise_NCV = _noise(_key(sampling, purpose)[:, None], order_NC, sampling.count_V)
+    return _argmax(noise_NCV.add_(weight_NCV), sampling)
+
+
+def uniform(order_NC: Tensor, sampling: Sampling, purpose: int) -> Tensor:
+    """Numbers [N, C] in (0, 1), a function of the request's seed, the place and `purpose` (1..)."""
+    key_NC = _mix(_key(sampling, purpose)[:, None] + (order_NC + 1) * _GOLDEN)
+    return _shift_right(key_NC, 24).float().add_(0.5).mul_(2.0**-40)
+
+
+def take_ids(x_NCV: Tensor, id_NC: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The values [..] of single ids among values [.., V], from whichever rank of the group has them."""
+    local_NC = id_NC - (x_NCV.shape[-1] * group.rank() if group is not None else 0)
+    foreign_NC = (local_NC < 0) | (local_NC >= x_NCV.shape[-1])
+    value_NC = x_NCV.gather(-1, local_NC.masked_fill(foreign_NC, 0)[..., None])[..., 0]
+    value_NC = value_NC.masked_fill(foreign_NC, -torch.inf)
+    if group is not None:
+        dist.all_reduce(value_NC, op=dist.ReduceOp.MAX, group=group)
+    return value_NC
+
+
+def _key(sampling: Sampling, purpose: int) -> Tensor:
+    return _mix(sampling.key_N + _signed(purpose * _MIX_1 % 2**64))
 
 
 def gumbel(seed: Tensor, order: Tensor, first_id: int, count: int) -> Tensor:
@@ -213,7 +289,7 @@ def _threshold_among(scaled_NCV: Tensor, sampling: Sampling, count: int) -> tupl
     """The threshold if it is among the `count` most likely ids, and whether it certainly is, for all choices."""
     top_NCK = _most_likely(scaled_NCV, sampling.group, count)
     in_top_k_NCK = torch.arange(top_NCK.shape[-1], device=top_NCK.device) < sampling.top_k_N[:, None, None]
-    all_NC1 = _log_sum(scaled_NCV, sampling.group)
+    all_NC1 = log_sum(scaled_NCV, sampling.group)
     # the probability that top-k left is that of the candidates, or all of it where it does not filter
     left_NC1 = top_NCK.masked_fill(~in_top_k_NCK, -torch.inf).logsumexp(dim=-1, keepdim=True)
     total_NC1 = torch.where(sampling.no_top_k_N[:, None, None], all_NC1, left_NC1)
@@ -235,7 +311,8 @@ def _most_likely(scaled_NCV: Tensor, group: dist.ProcessGroup | None, count: int
     return _gather(top_NCK, group).sort(dim=-1, descending=True).values[..., :count]
 
 
-def _log_sum(scaled_NCV: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def log_sum(scaled_NCV: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """log sum exp over the ids of all ranks, [.., 1]."""
     local_NC1 = scaled_NCV.logsumexp(dim=-1, keepdim=True)
     return local_NC1 if group is None else _gather(local_NC1, group).logsumexp(dim=-1, keepdim=True)
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from time import perf_counter
 
 import torch
 
 from tidar_mega.config import UserError
 from tidar_mega.data.stream import Stream
-from tidar_mega.decode.engine import Engine, Generation
-from tidar_mega.decode.sampling import SamplingParams
+from tidar_mega.decode.requests import Generation
 
 
 def held_out_prompts(stream: Stream, count: int, length: int) -> list[list[int]]:
@@ -36,24 +34,15 @@ def _longest_piece(stream: Stream, index: int) -> list[int]:
     return rows.token[0, document_S == size.argmax()].tolist() if len(size) else []
 
 
-def measure(engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams) -> dict:
-    """Decodes every prompt in both modes, each request with a seed of its own.
+def summarise(block: int, fused: Sequence[Generation], ar: Sequence[Generation]) -> dict:
+    """What fused decoding gave, beside AR decoding of the same prompts.
 
     tokens_per_forward    output tokens per fused forward behind the prompt's, over all prompts
     identical_to_ar       share of prompts whose fused output equals AR's, token for token
     distinct_4gram        share of distinct 4-grams within an output, over all prompts: loops are accepted easily
     acceptance_histogram  forwards that confirmed 1, 2, .. B draft tokens
-    fused_seconds, ar_seconds  wall time of everything, the prompts included
     tokens                output tokens of the fused run
     """
-    own = [params.for_request(i) for i in range(len(prompts))]
-    fused, fused_seconds = _timed(engine, prompts, own, "fused")
-    ar, ar_seconds = _timed(engine, prompts, own, "ar")
-    return summarise(engine.block, fused, ar) | {"fused_seconds": fused_seconds, "ar_seconds": ar_seconds}
-
-
-def summarise(block: int, fused: Sequence[Generation], ar: Sequence[Generation]) -> dict:
-    """`measure` without the times, from outputs of both modes."""
     histograms = [g.acceptance_histogram(block) for g in fused]
     return {
         "tokens_per_forward": tokens_per_forward(fused),
@@ -75,9 +64,3 @@ def distinct_share(outputs: Sequence[Sequence[int]], length: int) -> float:
     grams = [[tuple(t[i : i + length]) for i in range(len(t) - length + 1)] for t in outputs]
     total = sum(len(g) for g in grams)
     return sum(len(set(g)) for g in grams) / total if total else 1.0
-
-
-def _timed(engine: Engine, prompts, params, mode: str) -> tuple[list[Generation], float]:
-    started = perf_counter()
-    generations = engine.generate(prompts, params, mode)
-    return generations, perf_counter() - started

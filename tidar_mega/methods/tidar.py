@@ -2,12 +2,14 @@
 
 Training, section 3.1: the clean half is causal and predicts the next token; the mask half predicts the token of its
 own place from the clean tokens before its block and from the masks of its block, in both directions. Blocks restart
-at every document. Decoding, section 3.2, is `fused_rows`.
+at every document. Decoding, section 3.2, is `decoding_rows`.
 
 Shape suffixes: B sequences, S clean rows, M mask rows, T = S + M rows, G blocks of a sequence, K slots of a block.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -110,19 +112,22 @@ def mask_rows(clean: Rows, mask_id: int, block: int, offset_B: Tensor) -> Rows:
     )
 
 
-def fused_rows(block: int, mask_id: int) -> Rows:
-    """The fused decoding forward (section 3.2) as relative rows [1, B + B*B], for a committed length of 0.
+def decoding_rows(clean: int, outcomes: Sequence[int], slots: int, mask_id: int) -> Rows:
+    """One decoding forward (section 3.2) as relative rows [1, clean + len(outcomes) * slots], for a committed length
+    of 0: add that to position, order and horizon, and fill in the clean tokens.
 
-    First the B verify rows, causal; then for j = 1..B the group that drafts orders j..j+B-1 as if the first j verify
-    rows had been committed. Add the committed length to position, order and horizon; fill in the verify tokens.
+    First the clean rows, causal: drafted tokens to verify, or a piece of a prompt. Then for each outcome j a group of
+    `slots` masks for the orders j.., which drafts as if the first j clean rows had been committed. TiDAR's own forward
+    has clean = slots = B and the outcomes 1..B; plain AR decoding has one clean row and no outcome.
     """
-    slot = torch.arange(block)
-    outcome = torch.arange(1, block + 1).repeat_interleave(block)
-    order = torch.cat([slot, outcome + slot.repeat(block)])
-    token = torch.full_like(order, mask_id)
-    group = torch.cat([torch.zeros_like(slot), outcome])
-    horizon = torch.cat([slot + 1, outcome])
-    zero = torch.zeros_like(order)
+    slot = torch.arange(slots)
+    outcome = torch.tensor(outcomes, dtype=torch.int64).repeat_interleave(slots)
+    order = torch.cat([torch.arange(clean), outcome + slot.repeat(len(outcomes))])
+    group = torch.cat(
+        [torch.zeros(clean, dtype=torch.int64), torch.arange(1, 1 + len(outcomes)).repeat_interleave(slots)]
+    )
+    horizon = torch.cat([torch.arange(1, clean + 1), outcome])
+    token, zero = torch.full_like(order, mask_id), torch.zeros_like(order)
     rows = Rows(token, order, order, horizon, group, zero, zero, zero.float())
     return rows.map(lambda x_T: x_T[None])
 

@@ -55,6 +55,12 @@ class Mesh:
         dist.broadcast_object_list(box, group=self.pipeline, group_src=self.pipeline.size() - 1)
         return box[0]
 
+    def same(self, value):
+        """Collective. The object that the main process passes, on every process."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
     def on_main(self, action):
         """Collective. Calls `action` on the main process and returns its result there, None elsewhere.
 

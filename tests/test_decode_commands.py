@@ -1,0 +1,165 @@
+"""Decoding through its commands, on a real run: layouts, benchmarks, the latency curve, the trace, Hugging Face."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.test_main_job import CONFIG, command, environment, make_corpus, tidar
+
+pytestmark = pytest.mark.distributed
+PROMPT = "    def read(self, path"
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    """A run trained with tensor parallelism, for a few steps."""
+    folder = tmp_path_factory.mktemp("decode")
+    make_corpus(folder)
+    (folder / "run.yaml").write_text(CONFIG)
+    layout = ("parallel.data=1", "parallel.tensor=2", "parallel.sequence=true", "model.init_std=0.1")
+    tidar(folder, "pretrain", "run.yaml", "run_dir=run", "train.steps=12", *layout)
+    return folder
+
+
+def generate(folder: Path, *arguments: str) -> dict:
+    done = subprocess.run(
+        command(
+            "generate", "run", "--prompt", PROMPT, "--json", "decode.max_tokens=40", "decode.temperature=1", *arguments
+        ),
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout)
+
+
+def test_every_layout_and_choice_of_outcomes_writes_the_same_text(work):
+    expected = generate(work, "decode.mode=ar")
+    assert len(expected["text"]) > len(PROMPT) + 20 and expected["tokens_per_forward"] == 1
+    for overrides in (
+        ["decode.outcomes=all"],
+        ["decode.outcomes=auto"],
+        ["decode.outcomes=[1,4]", "decode.prefill_chunk=3"],
+        ["decode.outcomes=last", "decode.tensor=2"],
+        ["decode.outcomes=none", "decode.pipeline=2", "decode.block=8"],
+        ["decode.data=2"],
+    ):
+        found = generate(work, *overrides)
+        assert found["text"] == expected["text"], overrides
+    curves = json.loads((work / "run" / "latency.json").read_text())
+    assert any("tensor 1, pipeline 1" in name for name in curves), "the automatic choice keeps what it has measured"
+
+
+def test_bench_slots_keeps_the_latency_curve_beside_the_checkpoints(work):
+    (work / "run" / "latency.json").unlink(missing_ok=True)
+    told = tidar(
+        work, "bench", "slots", "run", "--repeats", "1", "--prefix", "32", "--json", "slots.json", "decode.batch=4"
+    )
+    figures = json.loads((work / "slots.json").read_text())
+    assert set(figures["step"]) == {"1", "2", "4"} and "stored in" in told
+    assert all(seconds > 0 for points in figures["step"].values() for _, seconds in points)
+    stored = json.loads((work / "run" / "latency.json").read_text())[figures["key"]]
+    assert stored["step"] == figures["step"] and figures["slots"]["1"]["2.0x"] >= 1
+
+
+def test_bench_decode_compares_with_ar_and_with_transformers(work):
+    arguments = ("--prompts=3", "--prompt-tokens=16", "--max-tokens=12", "--repeats=1", "--batches", "1", "2")
+    plot = ("--blocks", "4", "2", "--outcomes", "all", "auto", "--plot", "speed.png", "--json", "figures.json")
+    tidar(work, "bench", "decode", "run", *arguments, *plot)
+    figures = json.loads((work / "figures.json").read_text())
+    assert figures["identical_to_ar"] == 1 and figures["tokens_per_forward"] >= 1
+    assert 0 < figures["engine_overhead"] < 1 and figures["ar_over_transformers"] > 0
+    ways = {
+        (row["batch"], row["temperature"], row["way"], row["block"], row["outcomes"]) for row in figures["settings"]
+    }
+    expected = {(b, t, "ar", 1, None) for b in (1, 2) for t in (0.0, 1.0)}
+    expected |= {
+        (b, t, "fused", block, outcomes)
+        for b in (1, 2)
+        for t in (0.0, 1.0)
+        for block in (2, 4)
+        for outcomes in ("all", "auto")
+    }
+    expected |= {(1, 0.0, "transformers", None, None), (2, 0.0, "transformers", None, None)}
+    assert ways == expected | {(1, 0.0, "prompt lookup", None, None)}
+    peers = [row for row in figures["settings"] if row["way"] in ("transformers", "prompt lookup")]
+    assert all(row["identical_to_ar"] == 1 for row in peers), "transformers must compute the same model"
+    assert (work / "speed.png").stat().st_size > 1000 and figures["validation_nats_per_byte"] > 0
+    oracle = ("--oracle", "1.0", "--no-peers", "--batches", "1", "--blocks", "4", "--temperatures", "0")
+    tidar(work, "bench", "decode", "run", *arguments[:4], *oracle, "--json", "oracle.json")
+    forced = json.loads((work / "oracle.json").read_text())
+    assert forced["tokens_per_forward"] > 3 and forced["identical_to_ar"] == 1
+
+
+@pytest.mark.parametrize(
+    "shape", [(), ("model.qk_layernorm=true",), ("model.add_qkv_bias=true", "model.tie_embeddings=true")]
+)
+def test_a_converted_model_is_the_same_in_transformers(work, tmp_path, shape):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run = "run"
+    if shape:
+        run = str(tmp_path / "run")
+        tidar(
+            work,
+            "pretrain",
+            "run.yaml",
+            f"run_dir={run}",
+            "train.steps=4",
+            "parallel.data=1",
+            "model.init_std=0.1",
+            *shape,
+        )
+    folder = tmp_path / "hf"
+    tidar(work, "convert", run, "--to", str(folder))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    prompt = tokenizer(PROMPT, return_tensors="pt")
+    with torch.inference_mode():
+        output = model.generate(**prompt, max_new_tokens=24, do_sample=False, pad_token_id=0)
+    ours = (
+        json.loads((work / "ours.json").read_text())
+        if tidar(
+            work, "generate", run, "--prompt", PROMPT, "decode.max_tokens=24", "decode.mode=ar", "--json", "ours.json"
+        )
+        else {}
+    )
+    assert tokenizer.decode(output[0], skip_special_tokens=True) == ours["text"]
+    assert f"{folder}: exists already" in tidar(work, "convert", run, "--to", str(folder), code=2)
+
+
+def test_a_trace_shows_drafts_and_corrections(work):
+    told = tidar(work, "generate", "run", "--prompt", PROMPT, "--trace", "decode.max_tokens=20", "decode.outcomes=all")
+    assert "AR's own" in told
+    tidar(work, "generate", "run", "--prompt", PROMPT, "--trace", "trace.html", "decode.max_tokens=20")
+    page = (work / "trace.html").read_text()
+    assert page.startswith("<!doctype html>") and page.count('<span class="ar">') > 3
+
+
+def test_what_is_not_exact_is_said(work):
+    arguments = ("generate", "run", "--prompt", PROMPT, "decode.max_tokens=8", "decode.outcomes=all")
+    assert "not the AR half's own output" in tidar(work, *arguments, "decode.beta=0.5")
+    assert "not the AR half's own output" not in tidar(work, *arguments)
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["decode.tensor=3"], "decode.tensor = 3: must be a divisor of model.num_attention_heads (4)"),
+        (["decode.pipeline=3"], "decode.pipeline = 3: must be a divisor of model.num_layers (2)"),
+        (["decode.outcomes=some"], "decode.outcomes = some: must be auto, all, last, none or a list"),
+        (["decode.outcomes=[9]"], "outcomes = [9]: 9 is not among 1 .. 4, the draft length"),
+        (["decode.cache_tokens=16"], "the engine's pages hold 64 tokens in all"),
+        (["decode.beta=0.5", "decode.outcomes=last"], "mixed verification reads the masks behind every outcome"),
+    ],
+)
+def test_impossible_settings_are_one_clear_error(work, overrides, message):
+    told = tidar(work, "generate", "run", "--prompt", PROMPT, "decode.max_tokens=90", *overrides, code=2)
+    assert message in told and "Traceback" not in told

@@ -1,0 +1,150 @@
+"""How far a request drafts: the draft's length B and the set G of outcomes behind which the next draft is made at once.
+
+G is a subset of {1..B}: all of it is TiDAR, {B} the strided decoding of I-DLM, the empty set two-pass
+self-speculation. An outcome without a draft costs one catch-up forward, a fused forward of one clean row and one
+group: it commits one token itself and drafts behind it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tidar_mega.config import UserError
+from tidar_mega.decode.forward import Plan
+from tidar_mega.decode.latency import Latency
+
+TRIAL = 24  # drafts verified behind all outcomes before anything is chosen
+RECHOOSE = 64  # drafts verified between two choices
+MEMORY = 0.998  # weight of the acceptance seen so far, for each further draft
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """block 1 is plain AR decoding. `outcomes` are those that get a group when a whole draft of `block` is verified."""
+
+    block: int
+    outcomes: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, block: int, outcomes: str | Sequence[int]) -> Drafting:
+        """`outcomes`: all, last, none or a list of numbers 1..block. Raises UserError."""
+        named = {"all": range(1, block + 1), "last": (block,), "none": ()}
+        if isinstance(outcomes, str):
+            if outcomes not in named:
+                raise UserError(f"outcomes = {outcomes!r}: must be all, last, none or a list of numbers")
+            outcomes = named[outcomes]
+        wrong = [o for o in outcomes if not 1 <= o <= block]
+        if wrong:
+            raise UserError(f"outcomes = {list(outcomes)}: {wrong[0]} is not among 1 .. {block}, the draft length")
+        return cls(block, tuple(sorted(set(outcomes))) if block > 1 else ())
+
+    def prompt(self, tokens: int, is_last: bool) -> Plan:
+        """A piece of a prompt; behind the last piece the first draft is made."""
+        if not is_last:
+            return Plan(tokens, 0)
+        return Plan(tokens, 1, (tokens,), self.block) if self.block > 1 else Plan(tokens, 1)
+
+    def step(self, draft: int) -> Plan:
+        """The forward that verifies a draft of so many tokens."""
+        if self.block == 1:
+            return Plan(draft, draft)
+        if draft == 1:  # nothing is drafted: AR's own next token, and a draft behind it
+            return Plan(1, 1, (1,), self.block)
+        return Plan(draft, draft, tuple(o for o in self.outcomes if o <= draft), self.block)
+
+
+class Fixed:
+    """The same for every forward."""
+
+    def __init__(self, drafting: Drafting) -> None:
+        self.most = drafting
+
+    def drafting(self, requests: int, sampled: bool) -> Drafting:
+        return self.most
+
+    def observe(self, draft: int, accepted: int) -> None: ...
+
+
+class Automatic:
+    """Chooses B and G for the number of requests that run: the most expected tokens per second, from the machine's
+    latency curve and the running acceptance of each slot. B goes up to `block`, and down to 1, plain AR.
+
+    A function of what it was told alone, so that all ranks choose alike.
+    """
+
+    def __init__(self, block: int, latency: Latency) -> None:
+        self.most, self.latency = Drafting.of(block, "all"), latency
+        self.tested, self.passed = [0.0] * (block + 1), [0.0] * (block + 1)  # by slot, from 1
+        self.seen = 0
+        self.chosen: dict[tuple[int, bool], tuple[int, Drafting]] = {}
+
+    def observe(self, draft: int, accepted: int) -> None:
+        """Of a draft of `draft` tokens, `accepted` (1..draft) were kept: that many slots but one passed their test."""
+        if draft < 2:
+            return
+        self.seen += 1
+        for slot in range(1, min(accepted + 1, draft)):
+            self.tested[slot] = MEMORY * self.tested[slot] + 1
+            self.passed[slot] = MEMORY * self.passed[slot] + (slot < accepted)
+
+    def drafting(self, requests: int, sampled: bool) -> Drafting:
+        if self.seen < TRIAL:
+            return self.most
+        when, drafting = self.chosen.get((requests, sampled), (0, None))
+        if drafting is None or self.seen >= when + RECHOOSE:
+            drafting = self._best(requests, sampled)
+            self.chosen[requests, sampled] = self.seen, drafting
+        return drafting
+
+    def _best(self, requests: int, sampled: bool) -> Drafting:
+        block = self.most.block
+        sizes = sorted({1, block, *(2**i for i in range(1, block.bit_length()) if 2**i <= block)})
+        choices = []
+        for size in sizes:
+            outcome = outcome_probabilities(self.acceptance[: size - 1])
+            likeliest = sorted(range(1, size + 1), key=lambda r, p=outcome: -p[r - 1])
+            counts = range(size + 1) if size > 1 else [0]
+            choices += [Drafting(size, tuple(sorted(likeliest[:count]))) for count in counts]
+        return max(choices, key=lambda d: speed(d, self.acceptance, self.latency, requests, sampled))
+
+    @property
+    def acceptance(self) -> list[float]:
+        """Of slots 1..: the share that passed among those whose predecessors had."""
+        pairs = zip(self.passed[1:], self.tested[1:], strict=True)
+        return [(passed + 0.5) / (tested + 1) for passed, tested in pairs]
+
+
+def outcome_probabilities(acceptance: Sequence[float]) -> list[float]:
+    """Of the outcomes 1..B, from the acceptance of slots 1..B-1."""
+    found, reached = [], 1.0
+    for a in acceptance:
+        found.append(reached * (1 - a))
+        reached *= a
+    return [*found, reached]
+
+
+def speed(drafting: Drafting, acceptance: Sequence[float], latency: Latency, requests: int, sampled: bool) -> float:
+    """Expected tokens per second of `requests` requests together.
+
+    A request verifies a draft, and where the outcome has no group it then makes one catch-up forward; in the long run a
+    share of the requests is catching up in each forward, independently of one another.
+    """
+    n, B = requests, drafting.block
+    if B == 1:
+        return n / latency.seconds(n, n, n, 0, sampled)
+    outcome = outcome_probabilities(acceptance[: B - 1])
+    drafted = sum(outcome[o - 1] for o in drafting.outcomes)
+    catching = (1 - drafted) / (2 - drafted)
+    tokens = (1 - catching) * sum(r * p for r, p in enumerate(outcome, start=1)) + catching
+    seconds = 0.0
+    for c in range(n + 1):  # requests that catch up
+        share = math.comb(n, c) * catching**c * (1 - catching) ** (n - c)
+        rows = (n - c) * (1 + len(drafting.outcomes)) * B + c * (1 + B)
+        any_draft = 1.0 if c else 1 - (1 - drafted) ** n
+        second = ((n - c) * drafted + c) * (B - 1) / any_draft if any_draft else 0.0
+        with_second = latency.seconds(n, rows, (n - c) * B + c, second, sampled)
+        without = latency.seconds(n, rows, (n - c) * B + c, 0, sampled)
+        seconds += share * (any_draft * with_second + (1 - any_draft) * without)
+    return n * tokens / seconds

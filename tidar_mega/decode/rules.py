@@ -1,0 +1,115 @@
+"""What the rows of a forward decide: which drafted tokens are kept, what follows them, and the next draft.
+
+A rule is a generator. It yields the rows whose logits it needs, int64 of any shape [..], receives them [.., V], and
+returns a `Decision`: the head runs on no other rows. In TiDAR that is the verify rows and then the one group of the
+actual outcome, there without the first slot, which is AR's own choice: 2B - 1 of B + B*B rows.
+
+This file and `rejection.py` are exact. What is not stands in `approximate.py`; `forward.py` knows them all by name.
+
+Shape suffixes: N requests, C choosing rows, S = slots - 1 draft slots behind the first, M those requests that drafted,
+V vocabulary ids of this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tidar_mega.decode import accept
+from tidar_mega.decode.sampling import choose, log_probabilities, take_ids
+
+if TYPE_CHECKING:
+    from tidar_mega.decode.forward import Group
+
+Rule = Generator[Tensor, Tensor, "Decision"]
+
+
+@dataclass(frozen=True)
+class Drafted:
+    """The next drafts behind the first slot, of those requests whose outcome had a group.
+
+    request_M int64; token_MS int64; exists_M bool: false where nothing was drafted (on a GPU the rows of all requests
+    are computed, because dropping some would need to know them on the host); proposal_MSV as in Work, or None
+    """
+
+    request_M: Tensor
+    token_MS: Tensor
+    exists_M: Tensor
+    proposal_MSV: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """For N requests: accepted_N int64, 1..C, how many of the tokens output_NC are new output; their log-probabilities
+    (None if nobody asked); and the next drafts (None if the plan has no groups)."""
+
+    accepted_N: Tensor
+    output_NC: Tensor
+    logprob_NC: Tensor | None
+    drafted: Drafted | None
+
+    def packed(self, slots: int) -> Tensor:
+        """Everything that the host must know, float64 [N, 2 + 2C + S] (ids are exact in it)."""
+        N, C = self.output_NC.shape
+        table = torch.zeros(N, 2 + 2 * C + slots - 1, dtype=torch.float64, device=self.output_NC.device)
+        table[:, 0] = self.accepted_N
+        table[:, 2 : 2 + C] = self.output_NC
+        if self.logprob_NC is not None:
+            table[:, 2 + C : 2 + 2 * C] = self.logprob_NC
+        if self.drafted is not None:
+            d = self.drafted
+            table[d.request_M, 1] = d.exists_M.double()
+            table[d.request_M, 2 + 2 * C :] = d.token_MS.double()
+        return table
+
+
+def coupled(group: Group) -> Rule:
+    """AR and draft choose with one function and one noise: the output is AR's own, token for token."""
+    logits_NCV = yield group.choosing_rows
+    choice_NC = choose(logits_NCV, group.choosing_order, group.sampling)
+    accepted_N = accept.exact(group.draft_NC, choice_NC)
+    logprob_NC = chosen_logprobs(logits_NCV, choice_NC, group)
+    drafted = yield from draft(group, accepted_N)
+    return Decision(accepted_N, choice_NC, logprob_NC, drafted)
+
+
+def draft(group: Group, accepted_N: Tensor) -> Generator[Tensor, Tensor, Drafted | None]:
+    """The drafts of the groups that stand behind the actual outcomes, slots 1.., by AR's own way of choosing."""
+    place = behind(group, accepted_N)
+    if place is None:
+        return None
+    request_M, kept_M, group_M, exists_M = place
+    logits_MSV = yield group.drafting_rows(group_M, request_M, 1)
+    order_MS = group.drafting_order(kept_M, request_M, 1)
+    token_MS = choose(logits_MSV, order_MS, group.sampling.take(request_M))
+    return Drafted(request_M, token_MS, exists_M)
+
+
+def behind(group: Group, accepted_N: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """Which requests have a group behind their outcome: (request_M, kept rows_M, group_M, does it exist_M), or None.
+
+    On a GPU all of them, with group 0 in place of one that is not there: nothing of it is used.
+    """
+    plan, device = group.plan, accepted_N.device
+    if not plan.outcomes or plan.slots == 1:
+        return None
+    number = torch.full((plan.clean + 1,), -1, device=device)
+    number[list(plan.outcomes)] = torch.arange(len(plan.outcomes), device=device)
+    kept_N = plan.clean - plan.choosing + accepted_N
+    group_N = number[kept_N]
+    exists_N = group_N >= 0
+    request_M = torch.arange(len(kept_N), device=device) if device.type == "cuda" else exists_N.nonzero().squeeze(1)
+    if not len(request_M):
+        return None
+    return request_M, kept_N[request_M], group_N[request_M].clamp(min=0), exists_N[request_M]
+
+
+def chosen_logprobs(logits_NCV: Tensor, choice_NC: Tensor, group: Group) -> Tensor | None:
+    """Log-probabilities of the chosen ids under the AR half, if one of the requests wants them."""
+    if not group.wants_logprobs:
+        return None
+    return take_ids(log_probabilities(logits_NCV, group.sampling), choice_NC, group.sampling.group)

@@ -1,0 +1,95 @@
+"""A decode to look at: of each forward the draft, what was accepted of it and what AR put behind that."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from tidar_mega.decode.requests import Commit
+
+TERMINAL = Path("-")
+_STYLES = {"accepted": "green", "rejected": "red strike", "ar": "bold cyan"}
+_COLOURS = {
+    "accepted": "#1a7f37",
+    "rejected": "#b42318; text-decoration: line-through",
+    "ar": "#0550ae; font-weight: bold",
+}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One token of a forward: "accepted" from the draft, "rejected" (shown, not output) or "ar", AR's own choice."""
+
+    kind: str
+    text: str
+
+
+def lines(commits: Sequence[Commit], decode: Callable[[list[int]], str]) -> list[list[Piece]]:
+    """One line for each forward: the accepted draft, AR's token behind it, then the rest of the draft.
+
+    What lies behind the end of the output is left out of the accepted tokens, as it is of the output.
+    """
+    found = []
+    for commit in commits:
+        drafted = commit.draft[1:]
+        kept = max(commit.accepted - 1, 0)
+        kinds = ["accepted"] * kept + ["ar"]
+        output = [(kind, token) for kind, token in zip(kinds, commit.tokens, strict=False)]
+        rest = [("rejected", token) for token in drafted[kept:]]
+        found.append([Piece(kind, decode([token])) for kind, token in output + rest])
+    return found
+
+
+def write(commits: Sequence[Commit], decode: Callable[[list[int]], str], path: Path) -> None:
+    """Prints the lines (`TERMINAL`), or writes a page of HTML that needs nothing else."""
+    told = lines(commits, decode)
+    if path == TERMINAL:
+        _print(told)
+    else:
+        path.write_text(_page(told), encoding="utf-8")
+
+
+def _print(told: list[list[Piece]]) -> None:
+    console = Console()
+    console.print(
+        Text.assemble("accepted", style="green"),
+        Text("AR's own", style="bold cyan"),
+        Text("rejected", style="red strike"),
+    )
+    for number, pieces in enumerate(told):
+        line = Text(f"{number:4d}  ")
+        for piece in pieces:
+            line.append(_visible(piece.text), style=_STYLES[piece.kind])
+            line.append(" ")
+        console.print(line, soft_wrap=True)
+
+
+def _page(told: list[list[Piece]]) -> str:
+    styles = "\n".join(f".{kind} {{ color: {colour}; }}" for kind, colour in _COLOURS.items())
+    rows = []
+    for number, pieces in enumerate(told):
+        spans = "".join(f'<span class="{p.kind}">{html.escape(_visible(p.text))}</span> ' for p in pieces)
+        rows.append(f"<tr><td>{number}</td><td>{sum(p.kind != 'rejected' for p in pieces)}</td><td>{spans}</td></tr>")
+    return f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>A decode, forward by forward</title>
+<style>body {{ font: 14px/1.5 monospace; margin: 2em; }} td {{ padding: 0 1em 0 0; vertical-align: top; }}
+{styles}</style>
+<p><span class="accepted">accepted</span> <span class="ar">AR's own</span> <span class="rejected">rejected</span></p>
+<table><tr><th>forward</th><th>tokens</th><th></th></tr>
+{chr(10).join(rows)}
+</table></html>
+"""
+
+
+def _visible(text: str) -> str:
+    """Spaces and line ends that can be seen."""
+    return (
+        text.replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}")
+        .replace("\t", "\N{RIGHTWARDS ARROW}")
+        .replace(" ", "\N{OPEN BOX}")
+    )
