@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -60,12 +61,19 @@ def _add_choices(parser: argparse.ArgumentParser, choices: dict, arguments: list
 def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json",
-        type=Path,
+        type=_file,
         nargs="?",
         const=_STDOUT,
         metavar="FILE",
         help="also write the figures to this file; without one, print them alone and all else to stderr",
     )
+
+
+def _file(word: str) -> Path:
+    """The value of an option that may also stand without one, which takes a setting behind it for its file."""
+    if re.match(r"[a-z_]+(\.[a-z_0-9]+)?=", word):
+        raise argparse.ArgumentTypeError(f"{word}: looks like a setting; name a file, or put the settings first")
+    return Path(word)
 
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
@@ -206,7 +214,7 @@ def _add_generate(parser, _) -> None:
     parser.add_argument("--show-commits", action="store_true", help="mark what each forward committed")
     parser.add_argument(
         "--trace",
-        type=Path,
+        type=_file,
         nargs="?",
         const=_STDOUT,
         metavar="FILE",

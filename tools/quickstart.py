@@ -57,11 +57,15 @@ def check(figures: dict) -> None:
 
 
 def layout() -> list[str]:
-    """Two processes on a CPU; with GPUs one process each, at most two."""
+    """Two processes on a CPU, in float32 where it has no bfloat16 units; with GPUs one process each, at most two."""
     import torch
 
+    from tidar_mega.model.tiles import has_bfloat16_units
+
     gpus = torch.cuda.device_count()
-    return [f"parallel.data={min(gpus, 2)}"] if gpus else []
+    if gpus:
+        return [f"parallel.data={min(gpus, 2)}"]
+    return [] if has_bfloat16_units() else ["precision.dtype=fp32"]
 
 
 def tidar(*arguments: str) -> None:

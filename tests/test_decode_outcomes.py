@@ -1,0 +1,154 @@
+"""How far to draft: the expected speed against a simulation, and choices that must follow from the curve."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from tests.test_decode_requests import PROMPTS, SAMPLED, engine, model  # noqa: F401
+from tidar_mega.config import UserError
+from tidar_mega.decode import latency as latency_module
+from tidar_mega.decode.latency import Latency
+from tidar_mega.decode.outcomes import Automatic, Drafting, outcome_probabilities, speed
+
+
+def curve(per_row: float, fixed: float = 1.0, head: float = 0.01, sizes=(1, 4, 16)) -> Latency:
+    """Straight lines: a forward of n requests of r rows costs fixed + per_row * n * r, a head row `head`."""
+    rows = (1, 4, 16, 72, 272)
+    heads = [(r, 0.05 + head * r) for r in rows]
+    step = {n: [(r, fixed + per_row * n * r + 0.05 + head * n) for r in rows] for n in sizes}
+    return Latency(step, heads, [(r, 2 * s) for r, s in heads])
+
+
+def simulate(drafting: Drafting, acceptance, latency: Latency, requests: int, steps: int = 20_000) -> float:
+    """Tokens per second of requests that verify and catch up one after the other, step by step."""
+    draw, B = random.Random(0), drafting.block
+    has_draft, tokens, seconds = [True] * requests, 0, 0.0
+    for _ in range(steps):
+        rows = first = second = 0
+        for i in range(requests):
+            if not has_draft[i]:
+                rows, first, second, tokens = rows + 1 + B, first + 1, second + B - 1, tokens + 1
+                has_draft[i] = True
+                continue
+            r = 1
+            while r < B and draw.random() < acceptance[r - 1]:
+                r += 1
+            has_draft[i] = r in drafting.outcomes
+            rows, first, tokens = rows + B * (1 + len(drafting.outcomes)), first + B, tokens + r
+            second += (B - 1) * has_draft[i]
+        seconds += latency.seconds(requests, rows, first, second, False)
+    return tokens / seconds
+
+
+@pytest.mark.parametrize("requests", [1, 3, 16])
+@pytest.mark.parametrize("outcomes", ["all", "last", "none", [1, 3]])
+def test_the_expected_speed_is_that_of_a_simulation(requests, outcomes):
+    acceptance, drafting, latency = [0.9, 0.6, 0.8], Drafting.of(4, outcomes), curve(0.03)
+    expected = speed(drafting, acceptance, latency, requests, False)
+    # where every outcome is followed by a catch-up, requests that start together stay in step; else it is exact
+    tolerance = 0.02 if outcomes == "none" and requests > 1 else 0.01
+    assert expected == pytest.approx(simulate(drafting, acceptance, latency, requests), rel=tolerance)
+
+
+def test_plain_ar_is_one_row_of_each_request():
+    assert speed(Drafting(1), [], curve(0.1), 4, False) == pytest.approx(4 / (1 + 0.4 + 0.05 + 0.04))
+    assert speed(Drafting(1), [], curve(0.1), 4, True) == pytest.approx(4 / (1 + 0.4 + 2 * (0.05 + 0.04)))
+
+
+def test_outcomes_are_a_distribution():
+    assert outcome_probabilities([]) == [1.0]
+    assert outcome_probabilities([0.5, 0.2]) == pytest.approx([0.5, 0.4, 0.1])
+    assert sum(outcome_probabilities([0.3] * 7)) == pytest.approx(1)
+
+
+def automatic(block: int, latency: Latency, acceptance: float) -> Automatic:
+    """One that has seen drafts of which each slot passes with a chance of its own."""
+    chooser, draw = Automatic(block, latency), random.Random(0)
+    for _ in range(600):
+        r = 1
+        while r < block and draw.random() < acceptance:
+            r += 1
+        chooser.observe(block, r)
+    return chooser
+
+
+def test_the_choice_follows_the_curve():
+    free, dear = curve(1e-6), curve(1.0, fixed=0.01)
+    assert automatic(8, free, 0.7).drafting(1, False) == Drafting.of(8, "all"), "rows cost nothing"
+    assert automatic(8, dear, 0.7).drafting(1, False) == Drafting(1), "every row costs a forward"
+    nearly_always = automatic(8, curve(0.05), 0.99).drafting(1, False)
+    assert nearly_always.outcomes == (8,) and nearly_always.block == 8, "one outcome is nearly certain"
+    assert (
+        automatic(8, free, 0.02).drafting(1, False).block <= 2 or automatic(8, free, 0.02).drafting(1, False).outcomes
+    )
+    # the same acceptance, more requests: a forward is no longer bound by its fixed cost, so less is drafted
+    busy = automatic(8, curve(0.02), 0.7)
+    assert busy.drafting(16, False).block < busy.drafting(1, False).block
+
+
+def test_no_fixed_choice_is_better_than_the_automatic_one():
+    for per_row in (1e-4, 0.01, 0.05, 0.3):
+        for acceptance in (0.3, 0.7, 0.95):
+            chooser, latency = automatic(8, curve(per_row), acceptance), curve(per_row)
+            for requests in (1, 4, 16):
+                chosen = speed(chooser.drafting(requests, False), chooser.acceptance, latency, requests, False)
+                for block in (1, 2, 4, 8):
+                    for outcomes in ("all", "last", "none"):
+                        other = speed(Drafting.of(block, outcomes), chooser.acceptance, latency, requests, False)
+                        assert chosen >= other * (1 - 1e-9)
+
+
+def test_acceptance_is_that_of_slots_that_were_tested():
+    chooser = Automatic(4, curve(0.01))
+    for _ in range(100):
+        chooser.observe(4, 2)  # slot 1 passes, slot 2 fails, slot 3 is never tested
+        chooser.observe(1, 1)  # a catch-up forward tests nothing
+    first, second, third = chooser.acceptance[:3]
+    assert first > 0.99 and second < 0.01 and third == 0.5 and chooser.seen == 100
+
+
+@pytest.mark.parametrize("per_row", [1e-6, 0.02, 0.2])
+def test_an_engine_that_chooses_by_itself_gives_ar_output(model, per_row):  # noqa: F811
+    """The draft's length and the outcomes change in the middle of requests."""
+    params = [replace(SAMPLED, seed=i, stop_tokens=(), max_tokens=20 + 5 * i) for i in range(12)]
+    prompts = [PROMPTS[i % 4] for i in range(12)]
+    expected = [g.tokens for g in engine(model).generate(prompts, params, "ar")]
+    automatic = engine(model, block=8, batch=5)
+    automatic.choose_outcomes(curve(per_row))
+    used, drafting = set(), automatic.policy.drafting
+
+    def seen(requests: int, sampled: bool) -> Drafting:
+        used.add(drafting(requests, sampled))
+        return drafting(requests, sampled)
+
+    automatic.policy.drafting = seen
+    for _ in range(2):
+        assert [g.tokens for g in automatic.generate(prompts, params)] == expected
+    assert len(used) > (1 if per_row > 1e-6 else 0)
+
+
+def test_a_curve_is_measured_and_kept(model, tmp_path):  # noqa: F811
+    e = engine(model, cache_tokens=400)
+    free = e.cache.pages.free
+    found = latency_module.measure(e.forwards, [1, 2], rows=20, prefix=16, repeats=1)
+    assert e.cache.pages.free == free
+    assert [r for r, _ in found.step[2]] == [1, 2, 3, 4, 6, 8, 12, 16, 20]
+    assert all(s > 0 for points in [*found.step.values(), found.head, found.sampled] for _, s in points)
+    name = latency_module.key(e.forwards)
+    assert "2 layers of 64, float32, tensor 1, pipeline 1" in name
+    assert latency_module.load(tmp_path, name) is None
+    latency_module.save(tmp_path, "another machine", found)
+    latency_module.save(tmp_path, name, found)
+    stored = latency_module.load(tmp_path, name)
+    assert stored.seconds(2, 40, 8, 6, True) == found.seconds(2, 40, 8, 6, True)
+    assert latency_module.load(tmp_path, "another machine") is not None
+
+
+def test_impossible_outcomes_are_refused(model):  # noqa: F811
+    with pytest.raises(UserError, match=r"outcomes = \[0, 2\]: 0 is not among 1 .. 4"):
+        engine(model, outcomes=[0, 2])
+    with pytest.raises(UserError, match="outcomes = 'most': must be all, last, none or a list"):
+        engine(model, outcomes="most")
