@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from tests.test_decode import Bytes
 from tests.test_decode_requests import PROMPTS, SAMPLED, engine, model  # noqa: F401
 from tidar_mega.config import UserError
-from tidar_mega.decode.cache import Pages, Slots
+from tidar_mega.decode.cache import PagedAttention, Pages, Slots
+from tidar_mega.decode.flex import FlexPagedAttention
+from tidar_mega.decode.forward import Plan, Work
 from tidar_mega.decode.sampling import SamplingParams
 
 
@@ -218,3 +220,39 @@ def forced_logprobs(model, prompt, tokens) -> list[float]:  # noqa: F811
     logits_TV[:, 257:] = -torch.inf
     logprob_TV = logits_TV.log_softmax(dim=-1)
     return [float(logprob_TV[len(prompt) - 1 + i, token]) for i, token in enumerate(tokens)]
+
+
+@pytest.mark.parametrize("mode", ["fused", "ar"])
+def test_the_attention_of_gpus_gives_the_same(model, mode):  # noqa: F811
+    """FlexAttention over pages, merged by log-sum-exp: here without its kernels, through the same tables and masks."""
+    params = [replace(SAMPLED, seed=i, stop_tokens=(), max_tokens=12) for i in range(4)]
+    expected = engine(model).generate(PROMPTS, params, "ar")
+    e = engine(model, page=16, cache_tokens=320, prefill_chunk=9)
+    e.forwards.attention = FlexPagedAttention
+    assert [g.tokens for g in e.generate(PROMPTS, params, mode)] == [g.tokens for g in expected]
+
+
+def test_the_attention_of_gpus_has_the_same_numbers(model):  # noqa: F811
+    plain, flex = mixed_hidden(engine(model, page=4, cache_tokens=200), lengths=(7, 0, 8, 3, 12, 5))
+    torch.testing.assert_close(flex, plain, rtol=1e-5, atol=1e-5)
+
+
+def mixed_hidden(e, lengths: tuple[int, ...]) -> list[torch.Tensor]:
+    """Hidden states by both attentions, of requests of several lengths and plans, over scattered pages."""
+    held = [e.cache.take(e.cache.page) for _ in range(e.cache.pages.count)]
+    for slots in held[::2]:  # every other page: no two of a request are neighbours
+        e.cache.give_back(slots)
+    every = Plan(3, 3, (1, 2, 3), 3)
+    plans = every, every, every, Plan(1, 1), Plan(1, 1), Plan(6, 1, (6,), 4)
+    works = []
+    for length, plan in zip(lengths, plans, strict=True):
+        slots = e.cache.take(length + plan.clean)
+        if length:
+            e.forwards.run([Work(Plan(length, 0), [i % 256 for i in range(length)], slots, 0, SAMPLED)])
+        works.append(Work(plan, list(range(40, 40 + plan.clean)), slots, length, SAMPLED))
+    found = []
+    for kind in (PagedAttention, FlexPagedAttention):
+        e.forwards.attention = kind
+        with torch.inference_mode():
+            found.append(e.forwards.hidden(works))
+    return found

@@ -168,3 +168,47 @@ def test_parallel_ranks_reject_what_one_process_rejects(tensor, pipeline):
     (expected,) = processes.run(_sample_in_parallel, 1, 1, 1)
     assert len({*itertools.chain(*expected)}) == 4 and len({*map(tuple, expected)}) > 30
     assert processes.run(_sample_in_parallel, 2, tensor, pipeline) == [expected] * 2
+
+
+@torch.no_grad()
+def plain_blocks(model, prompt, length: int, slots: int, threshold: float) -> tuple[list[int], int]:
+    """Block diffusion by dense forwards over the whole sequence; the tokens, and the forwards that drew them."""
+    from tests.test_decode import concatenate_masks
+
+    tokens, forwards = list(prompt), 0
+    while len(tokens) < len(prompt) + length:
+        block = [None] * slots
+        while None in block:
+            rows = concatenate_masks(torch.tensor(tokens), slots, Four.mask)
+            token = rows.token.clone()
+            for slot, drawn in enumerate(block):
+                if drawn is not None:
+                    token[0, len(tokens) + slot] = drawn
+            hidden_TD = model(replace(rows, token=token), TrainingAttention(rows, "dense"))[:, 0]
+            probability_S, choice_S = model.logits(hidden_TD[len(tokens) :])[:, :4].softmax(dim=-1).max(dim=-1)
+            left = [s for s in range(slots) if block[s] is None]
+            surest = max(left, key=lambda s, p=probability_S: float(p[s]))
+            for s in left:
+                if s == surest or probability_S[s] >= threshold:
+                    block[s] = int(choice_S[s])
+            forwards += 1
+        tokens += block
+    return tokens[len(prompt) :][:length], forwards
+
+
+@pytest.mark.parametrize("threshold", [0.05, 0.4, 0.6, 1.0])
+def test_block_diffusion_is_that_of_dense_forwards(model, threshold):
+    params = SamplingParams(11, stop_tokens=(), threshold=threshold)
+    prompts = [PROMPT, PROMPT[:2], PROMPT * 3]
+    found = Engine(model, Four(), 4, 64, prefill_chunk=6).generate(prompts, params, "blocks")
+    for prompt, generation in zip(prompts, found, strict=True):
+        tokens, forwards = plain_blocks(model, prompt, 11, 4, threshold)
+        assert generation.tokens == tokens and generation.forwards == forwards and not generation.exact
+    assert found[0].forwards == {0.05: 3, 1.0: 12}.get(threshold, found[0].forwards)
+
+
+def test_block_diffusion_needs_blocks(model):
+    with pytest.raises(UserError, match="mode = blocks: needs a block of 2 or more"):
+        Engine(model, Four(), 1, 16).generate([PROMPT], SamplingParams(4), "blocks")
+    with pytest.raises(UserError, match="threshold = 0"):
+        SamplingParams(threshold=0)

@@ -112,11 +112,38 @@ def test_a_resume_on_the_gpu_goes_on_where_it_stopped(work):
 
 def test_fused_decoding_on_the_gpu_equals_ar(work):
     texts = []
-    for mode in ("fused", "ar"):
-        arguments = ("--prompt", "def main(", "--json", f"{mode}.json", f"decode.mode={mode}", "decode.max_tokens=64")
-        tidar(work, "generate", "whole", *arguments)
-        texts.append(json.loads((work / f"{mode}.json").read_text())["text"])
-    assert texts[0] == texts[1]
+    for mode, outcomes in (("ar", "all"), ("fused", "all"), ("fused", "last"), ("fused", "none"), ("fused", "auto")):
+        settings = (f"decode.mode={mode}", f"decode.outcomes={outcomes}", "decode.max_tokens=64")
+        tidar(work, "generate", "whole", "--prompt", "def main(", *settings, "--json", "text.json")
+        texts.append(json.loads((work / "text.json").read_text())["text"])
+    assert len(set(texts)) == 1
+
+
+def compare_attentions() -> float:
+    """Largest difference of hidden states between FlexAttention over pages and plain products over them."""
+    from tests.test_decode_batching import mixed_hidden
+    from tests.test_decode_requests import Bytes
+    from tidar_mega.decode.engine import Engine
+    from tidar_mega.model.gpt import build
+    from tidar_mega.model.inference import InferenceModel
+    from tidar_mega.parallel.mesh import build_mesh
+
+    config = config_module.from_tree({"model": MIDDLE | {"num_layers": 2}, "precision": {"dtype": "fp32"}})
+    build_mesh(config)
+    (model,) = build(config, Bytes.vocab_size, training=False)
+    engine = Engine(InferenceModel(model), Bytes(), 4, 2048, cache_tokens=8192)
+    plain, flex = mixed_hidden(engine, lengths=(127, 0, 256, 3, 300, 129))
+    return float((flex - plain).abs().max() / plain.abs().max())
+
+
+def test_the_attention_over_pages_has_the_numbers_of_plain_products():
+    assert alone(compare_attentions) < 2e-3  # TF32 in FlexAttention's kernels
+
+
+def test_the_latency_curve_of_this_gpu(work, say):
+    tidar(work, "bench", "slots", "whole", "--json", "slots.json")
+    figures = json.loads((work / "slots.json").read_text())
+    say(figures["key"], {f"{r:g} rows, ms": 1e3 * seconds for r, seconds in figures["step"]["1"]})
 
 
 def test_a_deterministic_run_repeats_bit_by_bit(work, monkeypatch):

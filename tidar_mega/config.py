@@ -144,7 +144,7 @@ class LogConfig:
 class DecodeConfig:
     """How `tidar generate`, `tidar bench decode` and evaluations decode; none of it is fixed by the training run."""
 
-    mode: str = "fused"  # fused | ar
+    mode: str = "fused"  # fused | ar | blocks: block diffusion, whose output is not AR's
     block: int | None = None  # draft length at decode time; train.block when null
     # behind which outcomes of a verified draft the next one is made at once: auto | all | last | none | [1, 3, ..]
     outcomes: Any = "auto"
@@ -163,6 +163,7 @@ class DecodeConfig:
     seed: int = 0
     acceptance: str = "coupled"  # coupled: the output is AR's own | rejection: distributed as AR's
     beta: float = 1.0  # below 1, mixed verification: the masks have a say, and the output is no longer AR's
+    threshold: float = 0.9  # mode=blocks: the probability from which on a slot's token is kept
     stop: list[str] = field(default_factory=list)  # texts that end a continuation
 
 
@@ -389,11 +390,12 @@ def _check_schedule(config: Config) -> None:
 
 def _check_decode(config: Config) -> None:
     d, m = config.decode, config.model
-    _choice("decode.mode", d.mode, ("fused", "ar"))
+    _choice("decode.mode", d.mode, ("fused", "ar", "blocks"))
     _choice("decode.dtype", d.dtype, ("fp32", "bf16"))
     _choice("decode.acceptance", d.acceptance, ("coupled", "rejection"))
     _require(0 < d.top_p <= 1, "decode.top_p", d.top_p, "above 0 and at most 1")
     _require(0 <= d.beta <= 1, "decode.beta", d.beta, "from 0 (trust the masks) to 1 (trust AR, exact)")
+    _require(0 < d.threshold <= 1, "decode.threshold", d.threshold, "above 0 and at most 1")
     _require(d.block is None or d.block > 0, "decode.block", d.block, "1 or more")
     _require(d.cache_tokens is None or d.cache_tokens > 0, "decode.cache_tokens", d.cache_tokens, "1 or more")
     named = d.outcomes in ("auto", "all", "last", "none")

@@ -11,7 +11,7 @@ import torch
 
 from tidar_mega.decode import accept
 from tidar_mega.decode.rules import Decision, Rule, chosen_logprobs, draft
-from tidar_mega.decode.sampling import choose
+from tidar_mega.decode.sampling import choose, log_probabilities, take_ids
 
 if TYPE_CHECKING:
     from tidar_mega.decode.forward import Group
@@ -36,3 +36,14 @@ def mixed(group: Group) -> Rule:
     logprob_NC = chosen_logprobs(logits_NCV, choice_NC, group)
     drafted = yield from draft(group, accepted_N)
     return Decision(accepted_N, choice_NC, logprob_NC, drafted)
+
+
+def denoise(group: Group) -> Rule:
+    """What each slot of a block of masks would put at its own place, and how surely (`blocks.py`)."""
+    device, N = group.first_N.device, len(group.works)
+    request_N, first_N = torch.arange(N, device=device), torch.zeros(N, dtype=torch.int64, device=device)
+    logits_NCV = yield group.drafting_rows(first_N, request_N, 0)
+    order_NC = group.drafting_order(torch.full_like(first_N, group.plan.clean), request_N, 0)
+    choice_NC = choose(logits_NCV, order_NC, group.sampling)
+    sure_NC = take_ids(log_probabilities(logits_NCV, group.sampling), choice_NC, group.sampling.group)
+    return Decision(torch.ones_like(first_N), choice_NC, sure_NC, None)

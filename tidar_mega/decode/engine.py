@@ -3,7 +3,8 @@
 Requests join and leave between forwards (continuous batching). Every step is one forward of all running requests: those
 that decode verify their drafts, those that have just joined encode the next pieces of their prompts. Every request has
 its own length, draft, acceptance and end; none changes what another gets. Mode "ar" runs the same steps with one row
-per request: the baseline that fused decoding must equal and beat.
+per request: the baseline that fused decoding must equal and beat. Mode "blocks" is block diffusion, the paper's other
+comparison.
 
 Every rank of a tensor-parallel and pipeline layout runs the same engine with the same calls; the schedule is a function
 of the calls and of the forwards' results alone. Replicas (data parallel) divide the prompts of `generate`.
@@ -19,15 +20,17 @@ from typing import Protocol
 import torch.distributed as dist
 
 from tidar_mega.config import UserError
+from tidar_mega.decode import blocks
 from tidar_mega.decode.cache import PagedCache
-from tidar_mega.decode.forward import Forwards, Result, Work
+from tidar_mega.decode.flex import PAGE
+from tidar_mega.decode.forward import Forwards, Plan, Result, Work
 from tidar_mega.decode.latency import Latency
 from tidar_mega.decode.outcomes import Automatic, Drafting, Fixed
 from tidar_mega.decode.requests import Commit, Generation, Request
 from tidar_mega.decode.sampling import SamplingParams
 from tidar_mega.model.inference import InferenceModel
 
-MODES = ("fused", "ar")
+MODES = ("fused", "ar", "blocks")
 
 
 class Specials(Protocol):
@@ -52,6 +55,7 @@ class Engine:
     outcomes       behind which outcomes the next draft is made at once: all, last, none or a list of 1..block; see
                    `choose_outcomes`
     cache_tokens   what the pages of keys and values hold, of all requests together; None: `batch` times `capacity`
+    page           tokens of a page; None: what suits the device
     replicas       data-parallel group, whose members divide the prompts of `generate`; None: alone
     """
 
@@ -65,9 +69,10 @@ class Engine:
         prefill_chunk: int = 512,
         outcomes: str | Sequence[int] = "all",
         cache_tokens: int | None = None,
-        page: int = 64,
+        page: int | None = None,
         replicas: dist.ProcessGroup | None = None,
     ) -> None:
+        page = page or (PAGE if model.device.type == "cuda" else 64)
         given = {"block": block, "batch": batch, "prefill_chunk": prefill_chunk, "page": page}
         for name, value in given.items():
             if value < 1:
@@ -179,7 +184,7 @@ class Engine:
 
     def _need(self, request: Request) -> int:
         """Rows that a request may write: the last forward starts before the end, and verifies a whole draft."""
-        return len(request.prompt) + request.limit + (self.block if request.mode == "fused" else 1) - 1
+        return len(request.prompt) + request.limit + (1 if request.mode == "ar" else self.block) - 1
 
     def _drafting(self, request: Request) -> Drafting:
         """How far a request drafts now."""
@@ -193,26 +198,29 @@ class Engine:
         """What each running request does next; joining ones share the prompt tokens of a forward in their order."""
         budget, turns = self.prefill_chunk, []
         for r in self.running:
-            drafting = self._drafting(r)
-            if not r.prompt_left:
-                plan, tokens = drafting.step(len(r.draft)), r.draft
-            elif budget:
-                tokens = r.prompt[r.length : r.length + budget]
-                budget -= len(tokens)
-                plan = drafting.prompt(len(tokens), len(tokens) == r.prompt_left)
-            else:
+            if r.prompt_left and not budget:
                 continue
-            turns.append((r, Work(plan, tokens, r.slots, r.length, r.params, r.proposal_SV)))
+            plan, tokens, drawn = blocks.turn(r, self.block, budget) if r.mode == "blocks" else self._turn(r, budget)
+            budget -= len(tokens) if r.prompt_left else 0
+            turns.append((r, Work(plan, tokens, r.slots, r.length, r.params, r.proposal_SV, drawn)))
         return turns
+
+    def _turn(self, request: Request, budget: int) -> tuple[Plan, Sequence[int], Sequence[int | None]]:
+        drafting = self._drafting(request)
+        if not request.prompt_left:
+            return drafting.step(len(request.draft)), request.draft, ()
+        tokens = request.prompt[request.length : request.length + budget]
+        return drafting.prompt(len(tokens), len(tokens) == request.prompt_left), tokens, ()
 
     def next_draft(self, request: Request, result: Result) -> list[int]:
         """What the request verifies next."""
         return result.draft
 
     def _commit(self, request: Request, result: Result, verified: list[int]) -> Commit:
-        tokens, finished = request.cut(result.tokens)
+        given = blocks.fill(request, result) if request.mode == "blocks" else result.tokens
+        tokens, finished = request.cut(given)
         accepted = len(result.tokens) if verified else 0
-        logprobs = result.logprobs[: len(tokens)]
+        logprobs = result.logprobs[: len(tokens)] if request.params.logprobs else []
         commit = Commit(request.number, tokens, verified, accepted, finished, logprobs, request.draft)
         request.result.add(commit)
         if finished:
@@ -244,6 +252,8 @@ class Engine:
         decode = getattr(self.specials, "decode", None)
         if params.stop_strings and decode is None:
             raise UserError("stop_strings: the engine was given no tokenizer that can decode; use stop_tokens")
+        if mode == "blocks" and (self.block == 1 or params.rule == "mixed" or params.logprobs):
+            raise UserError("mode = blocks: needs a block of 2 or more, beta = 1 and no logprobs (there is no AR half)")
         if params.rule == "mixed" and (mode == "ar" or self.block == 1 or not self._drafts_all):
             raise UserError(
                 f"beta = {params.beta}: mixed verification reads the masks behind every outcome; "
@@ -252,7 +262,7 @@ class Engine:
         stops = {self.specials.eod} if params.stop_tokens is None else set(params.stop_tokens)
         limit = min(params.max_tokens, self.capacity - len(prompt))
         request = Request(number, prompt, params, mode, limit, frozenset(stops), decode)
-        request.result.exact = params.rule != "mixed"
+        request.result.exact = params.rule != "mixed" and mode != "blocks"
         held = self.cache.pages.count * self.cache.page
         if self.cache.pages_of(self._need(request)) > self.cache.pages.count:
             raise UserError(

@@ -21,8 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tidar_mega.decode.approximate import mixed
+from tidar_mega.decode.approximate import denoise, mixed
 from tidar_mega.decode.cache import PagedAttention, PagedCache, Part, Slots
+from tidar_mega.decode.flex import FlexPagedAttention
 from tidar_mega.decode.rejection import rejection
 from tidar_mega.decode.rules import Decision, coupled
 from tidar_mega.decode.sampling import Sampling, SamplingParams
@@ -30,7 +31,7 @@ from tidar_mega.methods.tidar import decoding_rows
 from tidar_mega.model.attention import AttentionContext
 from tidar_mega.rows import Rows, concatenate, visible
 
-RULES = {"coupled": coupled, "rejection": rejection, "mixed": mixed}
+RULES = {"coupled": coupled, "rejection": rejection, "mixed": mixed, "denoise": denoise}
 
 
 class DecodingModel(Protocol):
@@ -55,22 +56,30 @@ class Plan:
     choosing  how many of them, from the last, AR speaks behind: all of a draft, one at a prompt's end, none inside it
     outcomes  numbers of kept clean rows behind each of which a group of masks drafts
     slots     masks of a group: the next draft's length
+    denoises  the one group's slots choose tokens for themselves (block diffusion), and AR for none
     """
 
     clean: int
     choosing: int
     outcomes: tuple[int, ...] = ()
     slots: int = 1
+    denoises: bool = False
 
     @property
     def rows(self) -> int:
         return self.clean + len(self.outcomes) * self.slots
+
+    @property
+    def choices(self) -> int:
+        """Tokens that the forward chooses at most, but for drafts."""
+        return self.slots if self.denoises else self.choosing
 
 
 @dataclass(frozen=True)
 class Work:
     """What one request wants of a forward: its plan, the tokens of the clean rows, and where its rows are kept.
 
+    drawn        tokens that stand in the slots of a denoising plan already; None is a mask
     proposal_SV  the logits that the drafted tokens behind the first were drawn from; only the rejection rule keeps them
     """
 
@@ -80,6 +89,7 @@ class Work:
     length: int
     params: SamplingParams
     proposal_SV: Tensor | None = None
+    drawn: Sequence[int | None] = ()
 
 
 @dataclass(frozen=True)
@@ -89,6 +99,7 @@ class Result:
     kept      clean rows to commit
     tokens    new output: those drafted tokens that were confirmed, and what was chosen behind them
     draft     tokens to verify next; the first is the last new output, alone where nothing was drafted behind `kept`
+              (of a denoising plan: `tokens` are what its slots choose, `logprobs` how surely, and there is no draft)
     logprobs  of `tokens` under the AR half, before temperature and filters; empty if the request does not want them
     proposal_SV  as in Work, for the next forward
     """
@@ -150,6 +161,7 @@ class Forwards:
     def __init__(self, model: DecodingModel, cache: PagedCache, mask_id: int, forbidden: Sequence[int]) -> None:
         self.model, self.cache, self.mask_id, self.forbidden = model, cache, mask_id, tuple(forbidden)
         self.device = model.device
+        self.attention = FlexPagedAttention if self.device.type == "cuda" else PagedAttention
         # what the requests of the last forwards had in common is not made again
         self.rows_of = functools.lru_cache(maxsize=32)(self._rows_of)
         self.rows_together = functools.lru_cache(maxsize=32)(self._rows_together)
@@ -176,7 +188,7 @@ class Forwards:
             Part(rows, work.plan.clean, work.slots, work.length, self.rows_of(work.plan)[1])
             for work, rows in zip(works, self._place(works), strict=True)
         ]
-        return self.model(self._rows(works), PagedAttention(self.cache, parts))
+        return self.model(self._rows(works), self.attention(self.cache, parts))
 
     # rows
 
@@ -202,7 +214,8 @@ class Forwards:
         """All rows, [1, T]. Relative places, moved by what each request has committed."""
         tokens, lengths = [], []
         for work in works:
-            tokens += [*work.tokens, *[self.mask_id] * (work.plan.rows - work.plan.clean)]
+            masked = work.drawn or [None] * (work.plan.rows - work.plan.clean)
+            tokens += [*work.tokens, *[self.mask_id if token is None else token for token in masked]]
             lengths += [work.length] * work.plan.rows
         token_1T, length_1T = torch.tensor([[tokens], [lengths]], device=self.device)
         rows = self.rows_together(tuple(work.plan for work in works))
@@ -223,7 +236,7 @@ class Forwards:
         """The places in `works` of those that choose, by plan and rule."""
         found: dict[tuple[Plan, str, float], list[int]] = {}
         for i, work in enumerate(works):
-            if work.plan.choosing:
+            if work.plan.choices:
                 found.setdefault((work.plan, work.params.rule, work.params.beta), []).append(i)
         return list(found.values())
 
@@ -240,7 +253,8 @@ class Forwards:
 
     def _decide(self, hidden_TD: Tensor, groups: list[Group]) -> list[Decision]:
         """Runs the rules of all groups side by side: what they ask for at the same time shares one product."""
-        rules = [RULES[group.works[0].params.rule](group) for group in groups]
+        names = ["denoise" if group.plan.denoises else group.works[0].params.rule for group in groups]
+        rules = [RULES[name](group) for name, group in zip(names, groups, strict=True)]
         wanted = [next(rule) for rule in rules]
         decisions: dict[int, Decision] = {}
         while len(decisions) < len(rules):
@@ -256,7 +270,7 @@ class Forwards:
 
     def _share(self, groups: list[Group], decisions: list[Decision] | None) -> list[list[Result]]:
         """The results of all groups, on every pipeline stage: one copy from the device."""
-        columns = [2 + 2 * group.plan.choosing + group.plan.slots - 1 for group in groups]
+        columns = [2 + 2 * group.plan.choices + group.plan.slots - 1 for group in groups]
         sizes = [len(group.works) * width for group, width in zip(groups, columns, strict=True)]
         packed = torch.empty(sum(sizes), dtype=torch.float64, device=self.device)
         if decisions:
@@ -282,7 +296,9 @@ def _proposals(decision: Decision) -> dict[int, Tensor]:
 def _result(group: Group, row: list[float], proposal_SV: Tensor | None) -> Result:
     """One line of `Decision.packed`."""
     plan, (accepted, has_draft, *numbers) = group.plan, row
-    C, accepted = plan.choosing, int(accepted)
+    C, accepted = plan.choices, int(accepted)
+    if plan.denoises:
+        return Result(plan.clean, [int(token) for token in numbers[:C]], [], numbers[C : 2 * C])
     tokens = [int(token) for token in numbers[:accepted]]
     logprobs = numbers[C : C + accepted] if group.wants_logprobs else []
     draft = [int(token) for token in numbers[2 * C :]] if has_draft else []

@@ -25,15 +25,14 @@ def run(path: Path, overrides: list[str], prompt: str, show_commits: bool, trace
     if not tokens:
         raise UserError("the prompt is empty: there is nothing to continue; give --prompt some text")
     params = loaded.params
-    if params.rule == "mixed":
-        print(
-            f"decode.beta = {params.beta}: the masks have a say, so this is not the AR half's own output",
-            file=sys.stderr,
-        )
+    mode = loaded.config.decode.mode
+    if params.rule == "mixed" or mode == "blocks":
+        setting = "decode.mode = blocks" if mode == "blocks" else f"decode.beta = {params.beta}"
+        print(f"{setting}: the masks have a say, so this is not the AR half's own output", file=sys.stderr)
     printer = _Printer(loaded.tokenizer, prompt)
     started = time.perf_counter()
     commits = []
-    for commit in loaded.engine.stream(tokens, params, loaded.config.decode.mode):
+    for commit in loaded.engine.stream(tokens, params, mode):
         commits.append(commit)
         printer.add(commit.tokens[:-1] if commit.finished == "stop" else commit.tokens)
         if show_commits:

@@ -45,6 +45,7 @@ class Loaded:
             stop_strings=tuple(d.stop),
             acceptance=d.acceptance,
             beta=d.beta,
+            threshold=d.threshold,
         )
 
     def latency(self) -> Latency:

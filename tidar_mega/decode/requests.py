@@ -43,7 +43,7 @@ class Generation:
     logprobs       of the tokens, if the request wants them
     finish_reason  "stop", "length" or "cancelled"
     seconds        from its admission to its end
-    exact          False if a setting (mixed verification) made the output something else than AR's
+    exact          False if a setting (mixed verification, mode "blocks") made the output something else than AR's
     text           of `text_tokens`, up to the first stop string; empty without a tokenizer that decodes
     """
 
@@ -91,6 +91,7 @@ class Request:
     limit     most new tokens: what it asks for, or what the engine's capacity leaves
     length    rows committed; while below the prompt's, the prompt is being encoded
     draft     tokens to verify next, the first of them the last output
+    block     mode "blocks": what the block behind the committed rows holds; None is a slot still to be drawn
     """
 
     number: int
@@ -105,11 +106,12 @@ class Request:
     length: int = 0
     draft: list[int] = field(default_factory=list)
     proposal_SV: Tensor | None = None
+    block: list[int | None] = field(default_factory=list)
     admitted: float = 0.0
 
     @property
     def prompt_left(self) -> int:
-        return len(self.prompt) - self.length if not self.draft else 0
+        return max(len(self.prompt) - self.length, 0)
 
     @property
     def finished(self) -> bool:

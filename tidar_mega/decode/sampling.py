@@ -40,6 +40,7 @@ class SamplingParams:
     acceptance   "coupled": AR and draft share their noise, so that the output is AR's own; "rejection": speculative
                  sampling, distributed as AR's (greedy decoding is coupled either way)
     beta         mixed verification: below 1, the masks' logits are mixed into AR's, and the output is no longer AR's
+    threshold    mode "blocks": the probability from which on a slot's token is kept
     """
 
     max_tokens: int = 128
@@ -52,6 +53,7 @@ class SamplingParams:
     logprobs: bool = False
     acceptance: str = "coupled"
     beta: float = 1.0
+    threshold: float = 0.9
 
     def __post_init__(self) -> None:
         _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "1 or more")
@@ -63,6 +65,7 @@ class SamplingParams:
         ok = self.acceptance in ACCEPTANCES
         _require(ok, "acceptance", repr(self.acceptance), f"one of {', '.join(ACCEPTANCES)}")
         _require(0 <= self.beta <= 1, "beta", self.beta, "from 0 (trust the masks) to 1 (trust AR, exact)")
+        _require(0 < self.threshold <= 1, "threshold", self.threshold, "above 0 and at most 1")
         if self.beta < 1 and self.acceptance != "coupled":
             raise UserError(
                 f"beta = {self.beta}: mixed verification has no rejection; set acceptance = coupled or beta = 1"
