@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-import subprocess
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.test_main_job import CONFIG, command, environment, make_corpus, tidar
+from tests.test_main_job import CONFIG, make_corpus, tidar
+from tidar_mega import cli
 
 pytestmark = pytest.mark.distributed
 PROMPT = "    def read(self, path"
@@ -26,18 +29,20 @@ def work(tmp_path_factory) -> Path:
     return folder
 
 
+def here(folder: Path, *arguments: str, code: int = 0) -> str:
+    """The command in this process, which has imported everything; what it says. Rank 0 of several is a process."""
+    with contextlib.chdir(folder), io.StringIO() as said:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            found = cli.main(list(arguments))
+        assert found == code, said.getvalue()
+        return said.getvalue()
+
+
 def generate(folder: Path, *arguments: str) -> dict:
     settings = ("decode.max_tokens=40", "decode.temperature=1", *arguments)
-    done = subprocess.run(
-        command("generate", "run", "--prompt", PROMPT, *settings, "--json"),
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(done.stdout)
+    command = tidar if any(re.match("decode.(tensor|pipeline|data)=", a) for a in arguments) else here
+    command(folder, "generate", "run", "--prompt", PROMPT, *settings, "--json", "text.json")
+    return json.loads((folder / "text.json").read_text())
 
 
 def test_every_layout_and_choice_of_outcomes_writes_the_same_text(work):
@@ -59,7 +64,7 @@ def test_every_layout_and_choice_of_outcomes_writes_the_same_text(work):
 
 def test_bench_slots_keeps_the_latency_curve_beside_the_checkpoints(work):
     (work / "run" / "latency.json").unlink(missing_ok=True)
-    told = tidar(
+    told = here(
         work, "bench", "slots", "run", "--repeats", "1", "--prefix", "32", "--json", "slots.json", "decode.batch=4"
     )
     figures = json.loads((work / "slots.json").read_text())
@@ -72,7 +77,7 @@ def test_bench_slots_keeps_the_latency_curve_beside_the_checkpoints(work):
 def test_bench_decode_compares_with_ar_and_with_transformers(work):
     arguments = ("--prompts=3", "--prompt-tokens=16", "--max-tokens=12", "--repeats=1", "--batches", "1", "2")
     plot = ("--blocks", "4", "2", "--outcomes", "all", "auto", "--plot", "speed.png", "--json", "figures.json")
-    tidar(work, "bench", "decode", "run", *arguments, *plot)
+    here(work, "bench", "decode", "run", *arguments, *plot)
     figures = json.loads((work / "figures.json").read_text())
     assert figures["identical_to_ar"] == 1 and figures["tokens_per_forward"] >= 1
     assert 0 < figures["engine_overhead"] < 1 and figures["ar_over_transformers"] > 0
@@ -93,7 +98,7 @@ def test_bench_decode_compares_with_ar_and_with_transformers(work):
     assert all(row["identical_to_ar"] == 1 for row in peers), "transformers must compute the same model"
     assert (work / "speed.png").stat().st_size > 1000 and figures["validation_nats_per_byte"] > 0
     oracle = ("--oracle", "1.0", "--no-peers", "--batches", "1", "--blocks", "4", "--temperatures", "0")
-    tidar(work, "bench", "decode", "run", *arguments[:4], *oracle, "--json", "oracle.json")
+    here(work, "bench", "decode", "run", *arguments[:4], *oracle, "--json", "oracle.json")
     forced = json.loads((work / "oracle.json").read_text())
     assert forced["tokens_per_forward"] > 3 and forced["identical_to_ar"] == 1
 
@@ -118,32 +123,32 @@ def test_a_converted_model_is_the_same_in_transformers(work, tmp_path, shape):
             *shape,
         )
     folder = tmp_path / "hf"
-    tidar(work, "convert", run, "--to", str(folder))
+    here(work, "convert", run, "--to", str(folder))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     prompt = tokenizer(PROMPT, return_tensors="pt")
     with torch.inference_mode():
         output = model.generate(**prompt, max_new_tokens=24, do_sample=False, pad_token_id=0)
     settings = ("decode.max_tokens=24", "decode.mode=ar", "--json", "ours.json")
-    tidar(work, "generate", run, "--prompt", PROMPT, *settings)
+    here(work, "generate", run, "--prompt", PROMPT, *settings)
     ours = json.loads((work / "ours.json").read_text())
     assert tokenizer.decode(output[0], skip_special_tokens=True) == PROMPT + ours["text"]
-    assert f"{folder}: exists already" in tidar(work, "convert", run, "--to", str(folder), code=2)
+    assert f"{folder}: exists already" in here(work, "convert", run, "--to", str(folder), code=2)
 
 
 def test_a_trace_shows_drafts_and_corrections(work):
     settings = ("generate", "run", "--prompt", PROMPT, "decode.max_tokens=20", "decode.outcomes=all")
-    assert "AR's own" in tidar(work, *settings, "--trace")
-    told = tidar(work, *settings[:-1], "--trace", settings[-1], code=2)
+    assert "AR's own" in here(work, *settings, "--trace")
+    told = tidar(work, *settings[:-1], "--trace", settings[-1], code=2)  # argparse ends the process
     assert "argument --trace: decode.outcomes=all: looks like a setting" in told
-    tidar(work, "generate", "run", "--prompt", PROMPT, "--trace", "trace.html", "decode.max_tokens=20")
+    here(work, "generate", "run", "--prompt", PROMPT, "--trace", "trace.html", "decode.max_tokens=20")
     page = (work / "trace.html").read_text()
     assert page.startswith("<!doctype html>") and page.count('<span class="ar">') > 3
 
 
 def test_what_is_not_exact_is_said(work):
     arguments = ("generate", "run", "--prompt", PROMPT, "decode.max_tokens=8", "decode.outcomes=all")
-    assert "not the AR half's own output" in tidar(work, *arguments, "decode.beta=0.5")
-    assert "not the AR half's own output" not in tidar(work, *arguments)
+    assert "not the AR half's own output" in here(work, *arguments, "decode.beta=0.5")
+    assert "not the AR half's own output" not in here(work, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -158,5 +163,5 @@ def test_what_is_not_exact_is_said(work):
     ],
 )
 def test_impossible_settings_are_one_clear_error(work, overrides, message):
-    told = tidar(work, "generate", "run", "--prompt", PROMPT, "decode.max_tokens=90", *overrides, code=2)
+    told = here(work, "generate", "run", "--prompt", PROMPT, "decode.max_tokens=90", *overrides, code=2)
     assert message in told and "Traceback" not in told

@@ -170,8 +170,7 @@ class Forwards:
     @torch.inference_mode()
     def run(self, works: Sequence[Work]) -> list[Result]:
         """One forward. The order of the results is that of `works`."""
-        placed = self._place(works)
-        hidden_T1D = self.hidden(works)
+        hidden_T1D, placed = self.hidden(works), self._place(works)
         members = self._members(works)
         groups = [self._group([works[i] for i in m], [placed[i] for i in m]) for m in members]
         decisions = None if hidden_T1D is None else self._decide(hidden_T1D[:, 0], groups)

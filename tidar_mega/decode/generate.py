@@ -20,7 +20,7 @@ def run(path: Path, overrides: list[str], prompt: str, show_commits: bool, trace
     With `show_commits`, a bar stands behind the tokens of each forward. `trace_to` as in `trace.write`. Raises
     UserError.
     """
-    loaded = load_engine(path, overrides)
+    loaded = load_engine(path, [*overrides, "decode.batch=1"])
     tokens = loaded.tokenizer.encode(prompt)
     if not tokens:
         raise UserError("the prompt is empty: there is nothing to continue; give --prompt some text")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -50,8 +51,12 @@ class Loaded:
 
     def latency(self) -> Latency:
         """The latency curve of this machine: the stored one, or measured and stored now."""
-        stored = latency.load(self.run_folder, latency.key(self.engine.forwards))
-        return self.mesh.same(stored) or self.measure_latency()[0]
+        stored = self.mesh.same(latency.load(self.run_folder, latency.key(self.engine.forwards)))
+        if stored is not None and max(stored.step) >= self.config.decode.batch:
+            return stored
+        if self.mesh.is_main:
+            print(f"measuring how long forwards take here; kept in {self.run_folder / latency.FILE}", file=sys.stderr)
+        return self.measure_latency()[0]
 
     def measure_latency(self, prefix: int = 512, repeats: int = 5) -> tuple[Latency, Path]:
         """Measures the curve behind `prefix` committed tokens and stores it in the run folder. Collective."""

@@ -10,6 +10,7 @@ Shape suffixes: N requests, C choices of a request, V vocabulary ids of this ten
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -146,19 +147,18 @@ class Sampling:
         top_k = [min(p.top_k or total, total) for p in params]
         filters = [not p.is_greedy and (k < total or p.top_p < 1) for k, p in zip(top_k, params, strict=True)]
         real = {"dtype": torch.float32, "device": device}
+        count_V, local = _of_vocabulary(tuple(forbidden), first, vocab, torch.device(device))
         return cls(
             scale_N=torch.tensor([1 / (p.temperature or 1) for p in params], **real),
             noisy_N=torch.tensor([float(not p.is_greedy) for p in params], **real),
             key_N=_seed_key(torch.tensor([p.seed for p in params], dtype=torch.int64, device=device)),
-            count_V=_id_counts(first, vocab, device),
+            count_V=count_V,
             top_k_N=torch.tensor(top_k, device=device),
             # cumulated float32 probabilities reach 1 early: "all" must not be a comparison with 1
             top_p_N=torch.tensor([p.top_p if p.top_p < 1 else 2.0 for p in params], **real),
             no_top_k_N=torch.tensor([k == total for k in top_k], device=device),
             unfiltered_N=torch.tensor([not f for f in filters], device=device),
-            forbidden=torch.tensor([i - first for i in forbidden if 0 <= i - first < vocab], dtype=torch.int64).to(
-                device
-            ),
+            forbidden=local,
             first_id=first,
             candidates=max((k for k, f in zip(top_k, filters, strict=True) if f), default=0),
             try_few=group is None and all(k <= FEW or k == total for k in top_k) and torch.device(device).type == "cpu",
@@ -172,6 +172,13 @@ class Sampling:
             return self
         names = [f.name for f in fields(self) if f.name.endswith("_N")]
         return replace(self, **{name: getattr(self, name)[request_M] for name in names})
+
+
+@functools.lru_cache(maxsize=8)
+def _of_vocabulary(forbidden: tuple[int, ...], first: int, vocab: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What depends on the slice of the vocabulary alone: Sampling.count_V and Sampling.forbidden."""
+    local = [i - first for i in forbidden if 0 <= i - first < vocab]
+    return _id_counts(first, vocab, device), torch.tensor(local, dtype=torch.int64, device=device)
 
 
 def choose(logits_NCV: Tensor, order_NC: Tensor, sampling: Sampling) -> Tensor:
