@@ -155,18 +155,19 @@ class PagedAttention:
         """Stores the clean rows' keys and values; the attention's output [T, 1, H, E]."""
         k_GSE, v_GSE = self.cache.k[layer_number], self.cache.v[layer_number]
         (T, _, H, E), G = q_T1HE.shape, k_T1GE.shape[2]
-        k_GTE, v_GTE = k_T1GE.view(T, G, E).transpose(0, 1), v_T1GE.view(T, G, E).transpose(0, 1)
+        k_GTE, v_GTE = k_T1GE[:, 0].transpose(0, 1), v_T1GE[:, 0].transpose(0, 1)
         self._store(k_GSE, k_GTE)
         self._store(v_GSE, v_GTE)
-        q_TGFE = (q_T1HE * scale).view(T, G, H // G, E)
-        out_TGFE = torch.empty_like(q_TGFE)
+        q_GFTE = (q_T1HE * scale).view(T, G, H // G, E).permute(1, 2, 0, 3)
+        outs = []
         for part, runs in self.read:
             rows = slice(part.rows.start, part.rows.stop)
-            q_GQE = q_TGFE[rows].permute(1, 2, 0, 3).reshape(G, -1, E)
+            q_GQE = q_GFTE[:, :, rows].reshape(G, -1, E)
             new = None if part.bias_tt is None else (k_GTE[:, rows], v_GTE[:, rows], part.bias_tt)
             out_GQE = _attend(q_GQE, [(k_GSE[:, r.start : r.stop], v_GSE[:, r.start : r.stop]) for r in runs], new)
-            out_TGFE[rows] = out_GQE.view(G, H // G, -1, E).permute(2, 0, 1, 3)
-        return out_TGFE.view(T, 1, H, E)
+            outs.append(out_GQE.view(G, H // G, -1, E))
+        out_GFTE = torch.cat(outs, dim=2) if len(outs) > 1 else outs[0]
+        return out_GFTE.permute(2, 0, 1, 3).reshape(T, 1, H, E)
 
     def _store(self, x_GSE: Tensor, new_GTE: Tensor) -> None:
         x_GSE.index_copy_(1, self.slot_C, new_GTE if self.clean_C is None else new_GTE.index_select(1, self.clean_C))

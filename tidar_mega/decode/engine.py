@@ -123,9 +123,13 @@ class Engine:
     def _run(self, requests: list[Request]) -> Iterator[Commit]:
         """Until these are finished; given up half-way, they leave the engine."""
         self.waiting.extend(requests)
+        live = set(requests)
         try:
-            while any(not request.finished for request in requests):
-                yield from (commit for request, commit in self.step() if request in requests)
+            while live:
+                for request, commit in self.step():
+                    if request in live:
+                        yield commit
+                live -= {request for request in live if request.finished}
         finally:
             for request in requests:
                 self.cancel(request)

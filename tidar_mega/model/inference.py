@@ -4,7 +4,7 @@
 Python, and on a CPU through weights that oneDNN has packed for its kernels once. There is no backward. Every pipeline
 and tensor-parallel layout works; rows are never split (no sequence or context parallelism).
 
-Shape suffixes: T rows, B sequences, D hidden width, H query heads, G key heads (of this tensor-parallel rank), F = H/G
+Shape suffixes: T rows, B sequences, D hidden width, H query heads, G key heads (of this tensor-parallel rank), J = H/G
 query heads of one key head, E head width, N selected rows, V vocabulary ids of this rank.
 """
 
@@ -50,9 +50,9 @@ class InferenceModel:
     def __call__(self, rows: Rows, context: AttentionContext) -> Tensor | None:
         """Hidden states after the final norm, [T, B, D]; None on pipeline stages before the last."""
         hidden_TBD = self._embed(rows.token) if self.is_first else self._receive(rows.token.shape)
-        cos_TB1E, sin_TB1E = self._rotation(rows.position)
+        rotation = self._rotation(rows.position)
         for layer in self.layers:
-            hidden_TBD = layer(hidden_TBD, cos_TB1E, sin_TB1E, context)
+            hidden_TBD = layer(hidden_TBD, rotation, context)
         if self.is_last:
             return self.final_norm(hidden_TBD)
         dist.send(hidden_TBD, group=self.pipeline, group_dst=self.pipeline.rank() + 1)
@@ -80,9 +80,11 @@ class InferenceModel:
         return hidden_TBD
 
     def _rotation(self, position_BT: Tensor) -> tuple[Tensor, Tensor]:
-        angle_TBE = position_BT.t().float()[..., None] * self.inverse_frequency
-        angle_TB1E = torch.cat([angle_TBE, angle_TBE], dim=-1)[:, :, None]
-        return angle_TB1E.cos().to(self.dtype), angle_TB1E.sin().to(self.dtype)
+        """RoPE's cosines, and its sines with the sign of the half that they are multiplied into, [T, B, 1, 1, E]."""
+        angle_TBe = position_BT.t().float()[..., None] * self.inverse_frequency
+        cos_TBe, sin_TBe = angle_TBe.cos(), angle_TBe.sin()
+        cos_TBE, sin_TBE = torch.cat([cos_TBe, cos_TBe], dim=-1), torch.cat([-sin_TBe, sin_TBe], dim=-1)
+        return cos_TBE[:, :, None, None].to(self.dtype), sin_TBE[:, :, None, None].to(self.dtype)
 
 
 class _Layer:
@@ -102,20 +104,22 @@ class _Layer:
         self.projection = _linear(attention.linear_proj.weight)
         self.up, self.down = _linear(mlp.linear_fc1.weight), _linear(mlp.linear_fc2.weight)
 
-    def __call__(self, x_TBD: Tensor, cos_TB1E: Tensor, sin_TB1E: Tensor, context: AttentionContext) -> Tensor:
-        x_TBD = x_TBD + self._attention(self.attention_norm(x_TBD), cos_TB1E, sin_TB1E, context)
+    def __call__(self, x_TBD: Tensor, rotation: tuple[Tensor, Tensor], context: AttentionContext) -> Tensor:
+        x_TBD = x_TBD + self._attention(self.attention_norm(x_TBD), rotation, context)
         gate, up = self.up(self.mlp_norm(x_TBD)).chunk(2, dim=-1)
         return x_TBD + self._sum(self.down(F.silu(gate).mul_(up)))
 
-    def _attention(self, x_TBD: Tensor, cos_TB1E: Tensor, sin_TB1E: Tensor, context: AttentionContext) -> Tensor:
-        (T, B, _), E, F_ = x_TBD.shape, self.width, self.heads_per_key
-        mixed = self.qkv(x_TBD).view(T, B, self.key_heads, (F_ + 2) * E)  # megatron's order: each key head's queries
-        q, k, v = mixed.split([F_ * E, E, E], dim=-1)
-        q = q.reshape(T, B, self.key_heads * F_, E)
+    def _attention(self, x_TBD: Tensor, rotation: tuple[Tensor, Tensor], context: AttentionContext) -> Tensor:
+        (T, B, _), G, J, E = x_TBD.shape, self.key_heads, self.heads_per_key, self.width
+        mixed_TBGJE = self.qkv(x_TBD).view(T, B, G, J + 2, E)  # megatron's order: a key head's queries, key and value
         if self.normalises:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = _rotate(q, cos_TB1E, sin_TB1E), _rotate(k, cos_TB1E, sin_TB1E)
-        return self._sum(self.projection(context.attend(self.number, q, k, v, E**-0.5).flatten(2)))
+            q_TBGJE, k_TBG1E = self.q_norm(mixed_TBGJE[..., :J, :]), self.k_norm(mixed_TBGJE[..., J : J + 1, :])
+            turned_TBGJE = _rotate(torch.cat([q_TBGJE, k_TBG1E], dim=3), *rotation)
+        else:
+            turned_TBGJE = _rotate(mixed_TBGJE[..., : J + 1, :], *rotation)
+        q_TBHE = turned_TBGJE[..., :J, :].reshape(T, B, G * J, E)
+        out_TBHE = context.attend(self.number, q_TBHE, turned_TBGJE[..., J, :], mixed_TBGJE[..., J + 1, :], E**-0.5)
+        return self._sum(self.projection(out_TBHE.flatten(2)))
 
     def _sum(self, x_TBD: Tensor) -> Tensor:
         if self.group.size() > 1:
@@ -128,13 +132,16 @@ class _Norm:
         self.weight, self.epsilon = norm.weight.detach(), norm.eps
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
+        # torch's own rms_norm makes the same of twice as many operations on a CPU
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = wide.square().mean(dim=-1, keepdim=True).add_(self.epsilon).rsqrt_()
+        return (wide * scale).to(x.dtype).mul_(self.weight)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE over the two halves of each head."""
     first, second = x.chunk(2, dim=-1)
-    return torch.cat([-second, first], dim=-1).mul_(sin).addcmul_(x, cos)
+    return torch.cat([second, first], dim=-1).mul_(sin).addcmul_(x, cos)
 
 
 def _linear(weight: Tensor, bias: Tensor | None = None):
