@@ -18,7 +18,7 @@ TIDAR = str(Path(sys.executable).with_name("tidar"))
 
 def main() -> None:
     started = time.monotonic()
-    tidar("prepare", "stdlib", "--output", str(DATA), "--vocab-size", "259", "--validation-fraction", "0.02")
+    tidar("prepare", "stdlib", "--output", str(DATA), "--vocab-size", "264", "--validation-fraction", "0.02")
     pretrain = ("pretrain", CONFIG, *layout())
     is_new = not metrics()
     if is_new:
