@@ -77,10 +77,10 @@ class Loaded:
         return parent.parent if parent.name == "checkpoints" else parent
 
 
-def saved(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> tuple[Path, Config]:
+def saved(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> tuple[Path, Config]:
     """The newest checkpoint of a run folder, or the given one, and its settings with `overrides`. Raises
     CheckpointError or ConfigError."""
-    checkpoint = store.resolve(path)
+    checkpoint = store.resolve(Path(path))
     return checkpoint, config_module.override(store.saved_config(store.read_meta(checkpoint)), overrides)
 
 
@@ -89,7 +89,7 @@ def processes(config: Config) -> int:
     return config.decode.tensor * config.decode.pipeline * config.decode.data
 
 
-def load_engine(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Loaded:
+def load_engine(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Loaded:
     """An engine for a checkpoint: in this process alone, or as one rank of the world that a launcher described.
 
     Raises CheckpointError or ConfigError.

@@ -10,6 +10,9 @@ query heads of one key head, E head width, N selected rows, V vocabulary ids of 
 
 from __future__ import annotations
 
+import statistics
+import time
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -45,7 +48,7 @@ class InferenceModel:
             self.embedding = model.embedding.word_embeddings.weight.detach()
             self.first_id = self.tensor.rank() * self.vocab
         if self.is_last:
-            self.final_norm, self.head = _Norm(model.decoder.final_layernorm), _linear(model.head_weight)
+            self.final_norm, self.head = _Norm(model.decoder.final_layernorm), _Linear(model.head_weight)
 
     def __call__(self, rows: Rows, context: AttentionContext) -> Tensor | None:
         """Hidden states after the final norm, [T, B, D]; None on pipeline stages before the last."""
@@ -100,9 +103,9 @@ class _Layer:
         self.normalises = layer.config.qk_layernorm
         if self.normalises:
             self.q_norm, self.k_norm = _Norm(attention.q_layernorm), _Norm(attention.k_layernorm)
-        self.qkv = _linear(attention.linear_qkv.weight, attention.linear_qkv.bias)
-        self.projection = _linear(attention.linear_proj.weight)
-        self.up, self.down = _linear(mlp.linear_fc1.weight), _linear(mlp.linear_fc2.weight)
+        self.qkv = _Linear(attention.linear_qkv.weight, attention.linear_qkv.bias)
+        self.projection = _Linear(attention.linear_proj.weight)
+        self.up, self.down = _Linear(mlp.linear_fc1.weight), _Linear(mlp.linear_fc2.weight)
 
     def __call__(self, x_TBD: Tensor, rotation: tuple[Tensor, Tensor], context: AttentionContext) -> Tensor:
         x_TBD = x_TBD + self._attention(self.attention_norm(x_TBD), rotation, context)
@@ -144,11 +147,41 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([second, first], dim=-1).mul_(sin).addcmul_(x, cos)
 
 
-def _linear(weight: Tensor, bias: Tensor | None = None):
-    """x -> x W^T + b. On a CPU the weight is packed for oneDNN, which makes one row 2 to 3 times as fast."""
-    weight, bias = weight.detach(), None if bias is None else bias.detach()
-    packs = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
-    if packs and torch.backends.mkldnn.is_available():
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight)
-        return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-    return lambda x: F.linear(x, weight, bias)
+class _Linear:
+    """x -> x W^T + b. On a CPU through weights that oneDNN has packed for its kernels, save where the plain product is
+    faster for a single row: that depends on the processor, so each shape is measured once, and the plain AR step, which
+    is what fused decoding is compared with, gets the faster one."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
+        packs = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
+        self.packed = None
+        if packs and torch.backends.mkldnn.is_available():
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight)
+            self.plain_row = _plain_is_faster(self)
+            if not self.plain_row:
+                self.weight = None  # one copy is enough
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.packed is None or (self.plain_row and x.numel() == x.shape[-1]):
+            return F.linear(x, self.weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+_FASTER: dict[tuple, bool] = {}  # by shape, type and threads
+
+
+def _plain_is_faster(linear: _Linear) -> bool:
+    """For one row, by the medians of some products of both kinds in turn."""
+    weight = linear.weight
+    key = (*weight.shape, weight.dtype, torch.get_num_threads())
+    if key not in _FASTER:
+        seconds: dict[bool, list[float]] = {True: [], False: []}
+        row = weight[:1] * 1
+        for _ in range(9):
+            for linear.plain_row, found in seconds.items():
+                started = time.perf_counter()
+                linear(row)
+                found.append(time.perf_counter() - started)
+        _FASTER[key] = statistics.median(seconds[True]) < statistics.median(seconds[False])
+    return _FASTER[key]
