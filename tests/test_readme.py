@@ -53,7 +53,7 @@ def test_the_quickstart_runs_the_commands_of_the_readme():
         assert words in script
     for value in (
         "--vocab-size",
-        "264",
+        "288",
         "--validation-fraction",
         "0.02",
         "def read_lines(path",

@@ -18,7 +18,7 @@ TIDAR = str(Path(sys.executable).with_name("tidar"))
 
 def main() -> None:
     started = time.monotonic()
-    tidar("prepare", "stdlib", "--output", str(DATA), "--vocab-size", "264", "--validation-fraction", "0.02")
+    tidar("prepare", "stdlib", "--output", str(DATA), "--vocab-size", "288", "--validation-fraction", "0.02")
     pretrain = ("pretrain", CONFIG, *layout())
     is_new = not metrics()
     if is_new:
@@ -33,9 +33,11 @@ def main() -> None:
         "--show-commits",
         "decode.max_tokens=200",
         "decode.temperature=1",
+        "decode.outcomes=all",
     )
     decode = RUN / "bench_decode.json"
-    tidar("bench", "decode", str(RUN), "--batches", "1", "--blocks", "4", "--no-peers", "--json", str(decode))
+    few = ("--prompts", "12", "--repeats", "2", "--batches", "1", "--blocks", "4", "--no-peers")
+    tidar("bench", "decode", str(RUN), *few, "--json", str(decode))
     figures = summary(json.loads(decode.read_text()), (time.monotonic() - started) / 60)
     if not is_new:
         print("\nAn earlier run was gone on with: `minutes` does not cover it.")
