@@ -15,7 +15,8 @@ from tidar_mega.config import UserError
 from tidar_mega.decode.forward import Plan
 from tidar_mega.decode.latency import Latency
 
-TRIAL = 24  # drafts verified behind all outcomes before anything is chosen
+TRIAL = 24  # whole drafts verified before a shorter one is thought of: they show the acceptance of every slot
+PRIOR = (0.8, 4.0)  # acceptance of a slot before it was seen, and how many tests that counts for
 RECHOOSE = 64  # drafts verified between two choices
 MEMORY = 0.998  # weight of the acceptance seen so far, for each further draft
 
@@ -78,7 +79,7 @@ class Automatic:
         self.most, self.latency = Drafting.of(block, "all"), latency
         self.tested, self.passed = [0.0] * (block + 1), [0.0] * (block + 1)  # by slot, from 1
         self.seen = 0
-        self.chosen: dict[tuple[int, bool], tuple[int, Drafting]] = {}
+        self.chosen: dict[tuple[int, bool, bool], tuple[int, Drafting]] = {}
 
     def observe(self, draft: int, accepted: int) -> None:
         """Of a draft of `draft` tokens, `accepted` (1..draft) were kept: that many slots but one passed their test."""
@@ -90,17 +91,16 @@ class Automatic:
             self.passed[slot] = MEMORY * self.passed[slot] + (slot < accepted)
 
     def drafting(self, requests: int, sampled: bool) -> Drafting:
-        if self.seen < TRIAL:
-            return self.most
-        when, drafting = self.chosen.get((requests, sampled), (0, None))
-        if drafting is None or self.seen >= when + RECHOOSE:
-            drafting = self._best(requests, sampled)
-            self.chosen[requests, sampled] = self.seen, drafting
-        return drafting
-
-    def _best(self, requests: int, sampled: bool) -> Drafting:
         block = self.most.block
         sizes = sorted({1, block, *(2**i for i in range(1, block.bit_length()) if 2**i <= block)})
+        key = (requests, sampled, self.seen < TRIAL)
+        when, drafting = self.chosen.get(key, (0, None))
+        if drafting is None or self.seen >= when + RECHOOSE:
+            drafting = self._best(requests, sampled, [block] if self.seen < TRIAL else sizes)
+            self.chosen[key] = self.seen, drafting
+        return drafting
+
+    def _best(self, requests: int, sampled: bool, sizes: list[int]) -> Drafting:
         choices = []
         for size in sizes:
             outcome = outcome_probabilities(self.acceptance[: size - 1])
@@ -112,8 +112,9 @@ class Automatic:
     @property
     def acceptance(self) -> list[float]:
         """Of slots 1..: the share that passed among those whose predecessors had."""
+        share, weight = PRIOR
         pairs = zip(self.passed[1:], self.tested[1:], strict=True)
-        return [(passed + 0.5) / (tested + 1) for passed, tested in pairs]
+        return [(passed + share * weight) / (tested + weight) for passed, tested in pairs]
 
 
 def outcome_probabilities(acceptance: Sequence[float]) -> list[float]:
