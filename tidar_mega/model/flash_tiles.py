@@ -65,7 +65,7 @@ def _forward(
     q_TBHE: Tensor, k_KBGE: Tensor, v_KBGE: Tensor, scale: float, structure: Structure
 ) -> tuple[Tensor, Tensor]:
     """The output, and the log-sum-exp of each row in the order of the tiles, [B, H, T]."""
-    out_TBHE = torch.zeros(q_TBHE.shape, dtype=q_TBHE.dtype)  # rows in no tile stay 0
+    out_TBHE = _result_rows(q_TBHE, structure)
     lse_BHT = k_KBGE.new_zeros(*q_TBHE.shape[1:3], len(q_TBHE))
     for rows, pieces, sees_R in _bands(structure, k_KBGE.dtype):
         place_R = structure.row_order[rows]
@@ -106,7 +106,7 @@ def _backward(
     structure: Structure,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq in the type of q; dk and dv as they were added up."""
-    dq_TBHE = torch.zeros(q_TBHE.shape, dtype=q_TBHE.dtype)
+    dq_TBHE = _result_rows(q_TBHE, structure)
     dk_KBGE, dv_KBGE = torch.zeros_like(k_KBGE), torch.zeros_like(v_KBGE)
     for rows, pieces, _ in _bands(structure, k_KBGE.dtype):
         place_R = structure.row_order[rows]
@@ -197,6 +197,12 @@ def _bias(tile: Tile, more: int, dtype: torch.dtype, biases: dict) -> Tensor | N
     if key not in biases:
         biases[key] = pad(tile.bias_LR.T.to(dtype), (more, 0)).contiguous()
     return biases[key]
+
+
+def _result_rows(q_TBHE: Tensor, structure: Structure) -> Tensor:
+    """Room for what the bands give for each row; 0 if there are rows in no tile."""
+    make = torch.empty if sum(tile.rows for tile in structure.tiles) == len(q_TBHE) else torch.zeros
+    return make(q_TBHE.shape, dtype=q_TBHE.dtype)
 
 
 def _take(x_TBHE: Tensor, place_R: Tensor) -> Tensor:

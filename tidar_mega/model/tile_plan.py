@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tidar_mega.rows import Rows, rule
 
-CHUNK = 128  # most query rows of a tile; about S * CHUNK pairs are computed in vain, smaller tiles cost more calls
+CHUNK = 64  # most query rows of a tile; about S * CHUNK pairs are computed in vain, smaller tiles cost more calls
 STEP = 16  # tiles are cut at multiples of it: oneDNN compiles a kernel for each size of tile it meets
 CALL, COPY = 8192, 32  # cost of a tile, and of each key that it loads, in (query, key) pairs
 GAP = 16  # unseen keys that are taken along (and masked) so as to keep two ranges of keys in one piece
