@@ -198,7 +198,7 @@ def _match(path: Path, parts: dict) -> None:
     surplus = {
         key
         for key in found - wanted
-        if key != RANDOM and not _is_fp8_state(key) and (has_optimizer or not key.startswith(_OPTIMIZER))
+        if key not in (RANDOM, _COMMON) and not _is_fp8_state(key) and (has_optimizer or not key.startswith(_OPTIMIZER))
     }
     if absent or surplus:
         raise CheckpointError(
@@ -209,6 +209,7 @@ def _match(path: Path, parts: dict) -> None:
 
 
 _OPTIMIZER = "optimizer."
+_COMMON = "common_state"  # what is no tensor; a file of its own with megatron-core before 0.19
 
 
 def _is_fp8_state(key: str) -> bool:

@@ -8,6 +8,7 @@ What is on a GPU is copied to the host before.
 from __future__ import annotations
 
 import gc
+import inspect
 import os
 import pickle
 import queue
@@ -26,6 +27,8 @@ from torch.distributed import ProcessGroup
 from tidar_mega.lifetime import end_with
 
 _FORMAT = ("torch_dist", 1)
+# from megatron-core 0.18 on it must be asked for by name; the other one writes through a package of its own
+_OWN = {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else {}
 _POLL_SECONDS = 0.05
 
 
@@ -44,7 +47,9 @@ class Writer:
         assert not self.calls.async_calls, "one save at a time"
         self.results = filesystem_async._results_queue = _Results()
         divided = FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy(*_FORMAT, thread_count=1), replicas)
-        request = dist_checkpointing.save(parts, folder, divided, async_sharded_save=True, content_metadata=metadata)
+        request = dist_checkpointing.save(
+            parts, folder, divided, async_sharded_save=True, content_metadata=metadata, **_OWN
+        )
         if request.async_fn is not None:  # else this rank has nothing to write
             # megatron's own function forks once more for each file, and hangs if one of those processes is killed
             transforms, _ = request.async_fn.args
