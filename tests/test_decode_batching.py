@@ -16,6 +16,7 @@ from tidar_mega.config import UserError
 from tidar_mega.decode.cache import PagedAttention, Pages, Slots
 from tidar_mega.decode.flex import FlexPagedAttention
 from tidar_mega.decode.forward import Plan, Work
+from tidar_mega.decode.graphs import Recorder
 from tidar_mega.decode.sampling import SamplingParams
 
 
@@ -230,6 +231,32 @@ def test_the_attention_of_gpus_gives_the_same(model, mode):  # noqa: F811
     e = engine(model, page=16, cache_tokens=320, prefill_chunk=9)
     e.forwards.attention = FlexPagedAttention
     assert [g.tokens for g in e.generate(PROMPTS, params, mode)] == [g.tokens for g in expected]
+
+
+@pytest.mark.parametrize("outcomes", ["all", [1, 3]])
+@pytest.mark.parametrize("sampling", [SAMPLED, SamplingParams(logprobs=True)])
+def test_recorded_forwards_give_the_same(model, outcomes, sampling):  # noqa: F811
+    """What a GPU replays as a CUDA graph, run here from the same buffers: three requests in the room of four."""
+    params = [replace(sampling, seed=i, stop_tokens=(), max_tokens=9 + 4 * i) for i in range(3)]
+    expected = engine(model).generate(PROMPTS[:3], params, "ar")
+    e = engine(model, page=16, cache_tokens=320, prefill_chunk=9, outcomes=outcomes)
+    e.forwards.attention, e.forwards.recorder = FlexPagedAttention, Recorder(e.forwards, e.cache.pages_of(131))
+    for _ in range(2):  # the second time with other pages, lengths and seeds in the same buffers
+        found = e.generate(PROMPTS[:3], params, "fused")
+        assert [g.tokens for g in found] == [g.tokens for g in expected]
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+        params, expected = params[::-1], engine(model).generate(PROMPTS[:3], params[::-1], "ar")
+    kinds = set(e.forwards.recorder.recordings)
+    assert any(kind.requests == 4 for each in kinds for kind in each)
+    assert outcomes == "all" or any(len({kind.plan for kind in each}) == 2 for each in kinds)
+
+
+def test_only_steps_of_decoding_are_recorded(model):  # noqa: F811
+    e = engine(model, page=16)
+    e.forwards.attention, e.forwards.recorder = FlexPagedAttention, Recorder(e.forwards, e.cache.pages_of(131))
+    e.generate(PROMPTS[:2], SamplingParams(8, 1.0, acceptance="rejection", stop_tokens=()), "fused")
+    assert not e.forwards.recorder.recordings
 
 
 def test_the_attention_of_gpus_has_the_same_numbers(model):  # noqa: F811

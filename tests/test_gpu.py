@@ -119,6 +119,18 @@ def test_fused_decoding_on_the_gpu_equals_ar(work):
     assert len(set(texts)) == 1
 
 
+def test_recorded_forwards_on_the_gpu_give_the_same(work, say):
+    figures = {}
+    for name, graphs in (("recorded", "true"), ("launched one by one", "false")):
+        small = ("--prompts", "8", "--batches", "1", "4", "--blocks", "4", "--no-peers", "--outcomes", "all", "last")
+        tidar(work, "bench", "decode", "whole", f"decode.cuda_graphs={graphs}", *small, "--json", "decode.json")
+        found = json.loads((work / "decode.json").read_text())
+        assert found["identical_to_ar"] == 1
+        rows = [row for row in found["settings"] if row["way"] in ("ar", "fused") and row["temperature"] == 0]
+        figures |= {f"{name}, {r['way']}, batch {r['batch']}, ms": 1e3 * r["forward_seconds"] for r in rows}
+    say("one forward of a request", figures)
+
+
 def compare_attentions() -> float:
     """Largest difference of hidden states between FlexAttention over pages and plain products over them."""
     from tests.test_decode_batching import mixed_hidden

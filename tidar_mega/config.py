@@ -156,6 +156,7 @@ class DecodeConfig:
     capacity: int = 4096  # most tokens of a prompt and its continuation together
     cache_tokens: int | None = None  # what the pages of keys and values hold; batch x capacity when null
     prefill_chunk: int = 512  # prompt tokens encoded by one forward
+    cuda_graphs: bool = True  # on a GPU, forwards that come again and again are recorded once and replayed
     max_tokens: int = 128
     temperature: float = 0.0  # 0 = greedy
     top_k: int = 0  # 0 = all

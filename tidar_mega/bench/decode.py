@@ -186,7 +186,15 @@ def _fused(loaded: Loaded, batch: int, block: int, outcomes: str, oracle: float 
 def _engine(kind: type[Engine], loaded: Loaded, model, batch: int, block: int, outcomes) -> Engine:
     d, named = loaded.config.decode, "all" if outcomes == "auto" else outcomes
     engine = kind(
-        model, loaded.tokenizer, block, d.capacity, batch, d.prefill_chunk, named, replicas=loaded.engine.replicas
+        model,
+        loaded.tokenizer,
+        block,
+        d.capacity,
+        batch,
+        d.prefill_chunk,
+        named,
+        replicas=loaded.engine.replicas,
+        cuda_graphs=d.cuda_graphs,
     )
     if outcomes == "auto":
         engine.choose_outcomes(loaded.latency())
@@ -221,9 +229,11 @@ class OracleEngine(Engine):
 
 
 def _overhead(row: dict, loaded: Loaded, prompts, args: argparse.Namespace) -> float:
-    """Share of the time of a fused run, one request at a time, that is not spent in the model's forwards and heads."""
+    """Share of the time of a fused run, one request at a time, that is not spent in the model's forwards and heads. On
+    a GPU, of one that is not recorded: a recording is one piece."""
     model = _Timed(loaded.engine.model)
     engine = _engine(Engine, loaded, model, 1, row["block"], "all")
+    engine.forwards.recorder = None
     params = SamplingParams(args.max_tokens, seed=loaded.config.decode.seed)
     shares = []
     for prompt in prompts[: max(3, args.repeats)]:

@@ -23,7 +23,7 @@ def mixed(group: Group) -> Rule:
     a is what the AR half says of a place and g what the masks say of it, as logits; beta = 1 trusts AR (that is
     `coupled`), 0 trusts diffusion. Needs a group behind every choosing row.
     """
-    plan, beta = group.plan, group.works[0].params.beta
+    plan, beta = group.plan, group.beta
     N, C = group.choosing_rows.shape
     request_NC = torch.arange(N, device=group.first_N.device)[:, None].expand(N, C).flatten()
     group_NC = torch.arange(C, device=group.first_N.device).repeat(N)
@@ -40,7 +40,7 @@ def mixed(group: Group) -> Rule:
 
 def denoise(group: Group) -> Rule:
     """What each slot of a block of masks would put at its own place, and how surely (`blocks.py`)."""
-    device, N = group.first_N.device, len(group.works)
+    device, N = group.first_N.device, len(group.first_N)
     request_N, first_N = torch.arange(N, device=device), torch.zeros(N, dtype=torch.int64, device=device)
     logits_NCV = yield group.drafting_rows(first_N, request_N, 0)
     order_NC = group.drafting_order(torch.full_like(first_N, group.plan.clean), request_N, 0)

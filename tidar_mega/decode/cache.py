@@ -64,6 +64,8 @@ class Pages:
 class PagedCache:
     """Keys and values of this rank's layers and key heads: for each layer number, k and v [G, S, E] of S slots.
 
+    scratch  a page behind those that requests get, for rows that stand for nobody (`graphs.py`)
+
     One tensor per layer, not one for all: a compiled forward that writes slices of a shared tensor copies it.
     """
 
@@ -77,8 +79,8 @@ class PagedCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape = (heads, pages * page, width)
-        self.page, self.device, self.pages = page, device, Pages(pages)
+        shape = (heads, (pages + 1) * page, width)
+        self.page, self.device, self.pages, self.scratch = page, device, Pages(pages), pages
         self.k = {layer: torch.zeros(shape, dtype=dtype, device=device) for layer in layers}
         self.v = {layer: torch.zeros(shape, dtype=dtype, device=device) for layer in layers}
 
@@ -138,6 +140,10 @@ class PagedAttention:
     Exact, softmax in float32 or better. The query heads of a key head are folded into rows, so that keys are neither
     repeated nor read twice.
     """
+
+    @classmethod
+    def of(cls, cache: PagedCache, parts: Sequence[Part]) -> PagedAttention:
+        return cls(cache, parts)
 
     def __init__(self, cache: PagedCache, parts: Sequence[Part]) -> None:
         self.cache = cache

@@ -24,6 +24,7 @@ from tidar_mega.decode import blocks
 from tidar_mega.decode.cache import PagedCache
 from tidar_mega.decode.flex import PAGE
 from tidar_mega.decode.forward import Forwards, Plan, Result, Work
+from tidar_mega.decode.graphs import Recorder
 from tidar_mega.decode.latency import Latency
 from tidar_mega.decode.outcomes import Automatic, Drafting, Fixed
 from tidar_mega.decode.requests import Commit, Generation, Request
@@ -57,6 +58,7 @@ class Engine:
     cache_tokens   what the pages of keys and values hold, of all requests together; None: `batch` times `capacity`
     page           tokens of a page; None: what suits the device
     replicas       data-parallel group, whose members divide the prompts of `generate`; None: alone
+    cuda_graphs    on a GPU, steps of decoding are recorded once and replayed (`graphs.py`)
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Engine:
         cache_tokens: int | None = None,
         page: int | None = None,
         replicas: dist.ProcessGroup | None = None,
+        cuda_graphs: bool = True,
     ) -> None:
         page = page or (PAGE if model.device.type == "cuda" else 64)
         given = {"block": block, "batch": batch, "prefill_chunk": prefill_chunk, "page": page}
@@ -87,6 +90,8 @@ class Engine:
         self.cache = PagedCache(model.layer_numbers, heads, width, pages, page, model.dtype, model.device)
         forbidden = [specials.pad, specials.mask, *range(specials.vocab_size, model.vocab * model.tensor.size())]
         self.forwards = Forwards(model, self.cache, specials.mask, forbidden)
+        if cuda_graphs and model.device.type == "cuda":
+            self.forwards.recorder = Recorder(self.forwards, self.cache.pages_of(capacity + block - 1))
         self._drafts_all = self.policy.most == Drafting.of(block, "all")
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []

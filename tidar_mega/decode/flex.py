@@ -5,13 +5,14 @@ log-sum-exp.
 Requests of one plan are one batch. A page is a block of FlexAttention's kernel, and a request's page table is the list
 of blocks that its rows visit.
 
-Shape suffixes: N requests of one plan, t rows of each, H query heads, G key heads, E head width, S slots, W pages of
-the longest request.
+Shape suffixes: T rows of the forward, N requests of one plan, t rows of each, C their clean rows, H query heads, G key
+heads, E head width, S slots, P pages of the cache, W pages of the longest request.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -27,44 +28,76 @@ _QUERY_BLOCK = 128
 class FlexPagedAttention:
     """The attention context of one forward, as `cache.PagedAttention`."""
 
-    def __init__(self, cache: PagedCache, parts: Sequence[Part]) -> None:
-        self.cache, device = cache, cache.device
-        rows = [row for part in parts for row in part.rows[: part.clean]]
-        slots = [slot for p in parts for run in p.slots.of(p.length, p.length + p.clean) for slot in run]
-        self.clean_C, self.slot_C = (torch.tensor(x, dtype=torch.int64, device=device) for x in (rows, slots))
-        groups: dict[tuple[int, int], list[Part]] = {}
-        for part in parts:
-            groups.setdefault((len(part.rows), id(part.bias_tt)), []).append(part)
-        self.batches = [_Batch(cache, group) for group in groups.values()]
+    def __init__(self, cache: PagedCache, batches: Sequence[Batch]) -> None:
+        self.cache, self.batches = cache, batches
+
+    @classmethod
+    def of(cls, cache: PagedCache, parts: Sequence[Part]) -> FlexPagedAttention:
+        """For rows that lie request by request."""
+        return cls(cache, [_batch(cache, list(group)) for _, group in itertools.groupby(parts, key=_shape)])
 
     def attend(self, layer_number: int, q_T1HE: Tensor, k_T1GE: Tensor, v_T1GE: Tensor, scale: float) -> Tensor:
         """Stores the clean rows' keys and values; the attention's output [T, 1, H, E]."""
         k_GSE, v_GSE = self.cache.k[layer_number], self.cache.v[layer_number]
-        q_THE, k_TGE, v_TGE = q_T1HE[:, 0], k_T1GE[:, 0], v_T1GE[:, 0]
-        k_GSE.index_copy_(1, self.slot_C, k_TGE.index_select(0, self.clean_C).transpose(0, 1))
-        v_GSE.index_copy_(1, self.slot_C, v_TGE.index_select(0, self.clean_C).transpose(0, 1))
-        out_THE = torch.empty_like(q_THE)
+        outs = []
         for batch in self.batches:
-            q_NHtE, k_NGtE, v_NGtE = (x[batch.row_Nt].transpose(1, 2) for x in (q_THE, k_TGE, v_TGE))
-            out_NHtE = batch.attend(q_NHtE, k_NGtE, v_NGtE, k_GSE, v_GSE, scale)
-            out_THE[batch.row_Nt] = out_NHtE.transpose(1, 2)
-        return out_THE[:, None]
+            q_NHtE, k_NGtE, v_NGtE = (batch.of(x[:, 0]) for x in (q_T1HE, k_T1GE, v_T1GE))
+            batch.store(k_NGtE, k_GSE)
+            batch.store(v_NGtE, v_GSE)
+            outs.append(batch.attend(q_NHtE, k_NGtE, v_NGtE, k_GSE, v_GSE, scale).transpose(1, 2).flatten(0, 1))
+        return torch.cat(outs)[:, None]
 
 
-class _Batch:
-    """The requests of one plan: row_Nt int64, where their rows are among all."""
+def _shape(part: Part) -> tuple[int, int, int]:
+    return len(part.rows), part.clean, id(part.bias_tt)
 
-    def __init__(self, cache: PagedCache, parts: list[Part]) -> None:
-        device = cache.device
-        self.row_Nt = torch.tensor([list(part.rows) for part in parts], device=device)
-        self.bias_tt = parts[0].bias_tt
-        self.mask = _page_mask(cache, parts, self.row_Nt.shape[1])
-        self.is_empty_N111 = torch.tensor([p.length == 0 for p in parts], device=device)[:, None, None, None]
+
+def _batch(cache: PagedCache, parts: list[Part]) -> Batch:
+    lengths = [p.length for p in parts]
+    pages = [[page for run in p.slots.runs for page in run] for p in parts]
+    width = max(map(len, pages))
+    table = [own + [cache.scratch] * (width - len(own)) for own in pages]
+    length_N, page_NW = (torch.tensor(x, dtype=torch.int64, device=cache.device) for x in (lengths, table))
+    return Batch(cache, parts[0].rows.start, len(parts[0].rows), parts[0].clean, parts[0].bias_tt, length_N, page_NW)
+
+
+class Batch:
+    """Requests of one plan in a forward: tensors alone, so that a recorded forward can fill them anew (`graphs.py`).
+
+    first    where their first row is among all rows of the forward; request by request, `rows` of each
+    clean    how many rows of each, from the first, are clean
+    bias_tt  the plan's mask among the rows; None for a single row
+    length_N int64, what each has committed
+    page_NW  int64, the pages of each in their order; `cache.scratch` behind the last
+    """
+
+    def __init__(
+        self,
+        cache: PagedCache,
+        first: int,
+        rows: int,
+        clean: int,
+        bias_tt: Tensor | None,
+        length_N: Tensor,
+        page_NW: Tensor,
+    ) -> None:
+        self.rows, self.bias_tt = slice(first, first + len(length_N) * rows), bias_tt
+        place_NC = length_N[:, None] + torch.arange(clean, device=cache.device)
+        slot_NC = page_NW.gather(1, place_NC // cache.page) * cache.page + place_NC % cache.page
+        self.clean, self.slot_C = clean, slot_NC.flatten()
+        self.mask = _page_mask(cache, length_N, page_NW, rows)
+        self.is_empty_N111 = (length_N == 0)[:, None, None, None]
+
+    def of(self, x_THE: Tensor) -> Tensor:
+        """The batch's rows, [N, H, t, E]."""
+        return x_THE[self.rows].unflatten(0, (len(self.is_empty_N111), -1)).transpose(1, 2)
+
+    def store(self, x_NGtE: Tensor, cache_GSE: Tensor) -> None:
+        """Puts the clean rows where they are kept."""
+        cache_GSE.index_copy_(1, self.slot_C, x_NGtE[:, :, : self.clean].transpose(0, 1).flatten(1, 2))
 
     def attend(self, q_NHtE, k_NGtE, v_NGtE, k_GSE, v_GSE, scale: float) -> Tensor:
         new_NHtE, new_lse_NHt = self._new(q_NHtE, k_NGtE, v_NGtE, scale)
-        if self.mask is None:
-            return new_NHtE.to(q_NHtE.dtype)
         old_NHtE, aux = _flex(q_NHtE.is_cuda)(
             q_NHtE.contiguous(),
             k_GSE[None],
@@ -94,44 +127,35 @@ class _Batch:
         return (weight_NGQt @ v_NGtE).to(wide).view(N, H, t, E), lse_NGFt.view(N, H, t)
 
 
-def _page_mask(cache: PagedCache, parts: list[Part], rows: int) -> BlockMask | None:
+def _page_mask(cache: PagedCache, length_N: Tensor, page_NW: Tensor, rows: int) -> BlockMask:
     """The pages that each request's rows visit: whole ones without looking, the last one up to its length.
 
     `mask_mod` says by itself what is visible; a GPU asks it only inside the last pages.
     """
-    if not any(part.length for part in parts):
-        return None
-    page, device = cache.page, cache.device
-    whole = [[slot // page for run in p.slots.of(0, p.length // page * page) for slot in run[::page]] for p in parts]
-    last = [[p.slots.of(p.length - 1, p.length)[0].start // page] if p.length % page else [] for p in parts]
-    width = max(1, max(map(len, whole)))
-    length_N = torch.tensor([p.length for p in parts], device=device)
-    logical_NP = torch.full((len(parts), cache.pages.count), -1, dtype=torch.int32, device=device)
-    for n, pages in enumerate(zip(whole, last, strict=True)):
-        own = torch.tensor([*pages[0], *pages[1]], dtype=torch.int64, device=device)
-        logical_NP[n, own] = torch.arange(len(own), dtype=torch.int32, device=device)
+    page, (N, W), device = cache.page, page_NW.shape, cache.device
+    whole_N, used_N = length_N // page, -(-length_N // page)
+    number_W = torch.arange(W, device=device)
+    # which page of its request a page of the cache is; -1: of none, or not written yet
+    number_NW = torch.where(number_W < used_N[:, None], number_W, -1)
+    number_NP = torch.full((N, cache.scratch + 1), -1, device=device).scatter_(1, page_NW, number_NW)
+    last_N1 = page_NW.gather(1, whole_N.clamp(max=W - 1)[:, None])
     blocks = -(-rows // _QUERY_BLOCK)
 
-    def counts(lists: list[list[int]]) -> Tensor:
-        found = torch.tensor([len(x) for x in lists], dtype=torch.int32, device=device)
-        return found[:, None, None].expand(-1, 1, blocks).contiguous()
-
-    def indices(lists: list[list[int]], width: int) -> Tensor:
-        found = torch.tensor([x + [0] * (width - len(x)) for x in lists], dtype=torch.int32, device=device)
-        return found[:, None, None].expand(-1, 1, blocks, -1).contiguous()
+    def of_blocks(x: Tensor) -> Tensor:
+        return x.to(torch.int32)[:, None, None].expand(N, 1, blocks, *x.shape[1:]).contiguous()
 
     def mask_mod(b, h, q, slot):
-        number = logical_NP[b, slot // page]
+        number = number_NP[b, slot // page]
         return (number >= 0) & (number * page + slot % page < length_N[b])
 
     return BlockMask.from_kv_blocks(
-        counts(last),
-        indices(last, 1),
-        counts(whole),
-        indices(whole, width),
+        of_blocks(used_N - whole_N),
+        of_blocks(last_N1),
+        of_blocks(whole_N),
+        of_blocks(page_NW),
         BLOCK_SIZE=(_QUERY_BLOCK, page),
         mask_mod=mask_mod,
-        seq_lengths=(rows, cache.pages.count * page),
+        seq_lengths=(rows, (cache.scratch + 1) * page),
         compute_q_blocks=False,
     )
 

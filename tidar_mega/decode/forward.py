@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,9 @@ from tidar_mega.decode.sampling import Sampling, SamplingParams
 from tidar_mega.methods.tidar import decoding_rows
 from tidar_mega.model.attention import AttentionContext
 from tidar_mega.rows import Rows, concatenate, visible
+
+if TYPE_CHECKING:
+    from tidar_mega.decode.graphs import Recorder
 
 RULES = {"coupled": coupled, "rejection": rejection, "mixed": mixed, "denoise": denoise}
 
@@ -113,20 +116,23 @@ class Result:
 
 @dataclass(frozen=True)
 class Group:
-    """The requests of one plan and rule in a forward.
+    """The requests of one plan and rule in a forward, whose rows lie behind one another.
 
-    first_N     their first rows among all rows
-    length_N    what they have committed
-    draft_NC    the tokens of the choosing rows
+    first_N      their first rows among all rows
+    length_N     what they have committed
+    draft_NC     the tokens of the choosing rows
+    proposals    of each request, the logits that its draft was drawn from; only the rejection rule has them
     """
 
     plan: Plan
+    rule: str
+    beta: float
     sampling: Sampling
-    works: list[Work]
     first_N: Tensor
     length_N: Tensor
     draft_NC: Tensor
     wants_logprobs: bool
+    proposals: tuple[Tensor | None, ...] = ()
 
     @property
     def choosing_rows(self) -> Tensor:
@@ -162,6 +168,7 @@ class Forwards:
         self.model, self.cache, self.mask_id, self.forbidden = model, cache, mask_id, tuple(forbidden)
         self.device = model.device
         self.attention = FlexPagedAttention if self.device.type == "cuda" else PagedAttention
+        self.recorder: Recorder | None = None  # of forwards that come again and again; the engine knows its bounds
         # what the requests of the last forwards had in common is not made again
         self.rows_of = functools.lru_cache(maxsize=32)(self._rows_of)
         self.rows_together = functools.lru_cache(maxsize=32)(self._rows_together)
@@ -170,24 +177,39 @@ class Forwards:
     @torch.inference_mode()
     def run(self, works: Sequence[Work]) -> list[Result]:
         """One forward. The order of the results is that of `works`."""
-        hidden_T1D, placed = self.hidden(works), self._place(works)
-        members = self._members(works)
-        groups = [self._group([works[i] for i in m], [placed[i] for i in m]) for m in members]
-        decisions = None if hidden_T1D is None else self._decide(hidden_T1D[:, 0], groups)
-        results = [Result(work.plan.clean, [], []) for work in works]  # inside a prompt nothing is chosen
-        for places, found in zip(members, self._share(groups, decisions), strict=True):
-            for i, result in zip(places, found, strict=True):
-                results[i] = result
-        return results
+        members: dict[tuple[Plan, str, float], list[int]] = {}
+        for i, work in enumerate(works):
+            members.setdefault((work.plan, work.params.rule, work.params.beta), []).append(i)
+        batches = [[works[i] for i in places] for places in members.values()]
+        recorded = self.recorder.run(batches) if self.recorder else None
+        found = iter(result for batch in recorded or self._run(batches) for result in batch)
+        by_place = {i: next(found) for places in members.values() for i in places}
+        return [by_place[i] for i in range(len(works))]
+
+    def _run(self, batches: list[list[Work]]) -> list[list[Result]]:
+        """Of the requests of one plan and rule, and of the next, and so on."""
+        hidden_T1D = self.hidden([work for batch in batches for work in batch])
+        first, groups, empty = 0, [], []
+        for batch in batches:
+            plan = batch[0].plan
+            if plan.choices:
+                groups.append(self._group(batch, first))
+            else:  # inside a prompt nothing is chosen
+                empty.append([Result(plan.clean, [], []) for _ in batch])
+            first += len(batch) * plan.rows
+        decisions = None if hidden_T1D is None else self.decide(hidden_T1D[:, 0], groups)
+        chosen, others = iter(self._share(groups, decisions)), iter(empty)
+        return [next(chosen if batch[0].plan.choices else others) for batch in batches]
 
     def hidden(self, works: Sequence[Work]) -> Tensor | None:
         """Hidden states of all rows, [T, 1, D], request by request; the clean rows' keys and values are in the cache.
         None on pipeline stages before the last."""
-        parts = [
-            Part(rows, work.plan.clean, work.slots, work.length, self.rows_of(work.plan)[1])
-            for work, rows in zip(works, self._place(works), strict=True)
-        ]
-        return self.model(self._rows(works), self.attention(self.cache, parts))
+        first, parts = 0, []
+        for work in works:
+            rows = range(first, first + work.plan.rows)
+            parts.append(Part(rows, work.plan.clean, work.slots, work.length, self.rows_of(work.plan)[1]))
+            first = rows.stop
+        return self.model(self._rows(works), self.attention.of(self.cache, parts))
 
     # rows
 
@@ -200,15 +222,6 @@ class Forwards:
         bias_TT = torch.zeros(hidden_TT.shape, dtype=self.model.dtype, device=self.device)
         return rows, bias_TT.masked_fill_(hidden_TT, -torch.inf)
 
-    @staticmethod
-    def _place(works: Sequence[Work]) -> list[range]:
-        """Where the rows of each request are."""
-        first, placed = 0, []
-        for work in works:
-            placed.append(range(first, first + work.plan.rows))
-            first += work.plan.rows
-        return placed
-
     def _rows(self, works: Sequence[Work]) -> Rows:
         """All rows, [1, T]. Relative places, moved by what each request has committed."""
         tokens, lengths = [], []
@@ -217,9 +230,7 @@ class Forwards:
             tokens += [*work.tokens, *[self.mask_id if token is None else token for token in masked]]
             lengths += [work.length] * work.plan.rows
         token_1T, length_1T = torch.tensor([[tokens], [lengths]], device=self.device)
-        rows = self.rows_together(tuple(work.plan for work in works))
-        moved = {name: getattr(rows, name) + length_1T for name in ("position", "order", "horizon")}
-        return replace(rows, token=token_1T, **moved)
+        return moved(self.rows_together(tuple(work.plan for work in works)), token_1T, length_1T)
 
     def _rows_together(self, plans: tuple[Plan, ...]) -> Rows:
         return concatenate([self.rows_of(plan)[0] for plan in plans], dim=1)
@@ -230,30 +241,32 @@ class Forwards:
         group = self.model.tensor
         return Sampling.of(params, self.forbidden, self.model.vocab, self.device, group)
 
-    @staticmethod
-    def _members(works: Sequence[Work]) -> list[list[int]]:
-        """The places in `works` of those that choose, by plan and rule."""
-        found: dict[tuple[Plan, str, float], list[int]] = {}
-        for i, work in enumerate(works):
-            if work.plan.choices:
-                found.setdefault((work.plan, work.params.rule, work.params.beta), []).append(i)
-        return list(found.values())
-
-    def _group(self, works: list[Work], placed: list[range]) -> Group:
-        plan = works[0].plan
-        table = [
-            [rows.start, w.length, *w.tokens[plan.clean - plan.choosing :]]
-            for w, rows in zip(works, placed, strict=True)
-        ]
+    def _group(self, works: list[Work], first: int) -> Group:
+        """`first`: where their rows begin among all rows."""
+        plan, params = works[0].plan, tuple(work.params for work in works)
+        table = [[w.length, *w.tokens[plan.clean - plan.choosing :]] for w in works]
         numbers = torch.tensor(table, device=self.device)
-        sampling = self.sampling(tuple(work.params for work in works))
-        logprobs = any(work.params.logprobs for work in works)
-        return Group(plan, sampling, works, numbers[:, 0], numbers[:, 1], numbers[:, 2:], logprobs)
+        proposals = tuple(work.proposal_SV for work in works)
+        return self.group(plan, params, self.sampling(params), first, numbers[:, 0], numbers[:, 1:], proposals)
 
-    def _decide(self, hidden_TD: Tensor, groups: list[Group]) -> list[Decision]:
+    @staticmethod
+    def group(
+        plan: Plan,
+        params: Sequence[SamplingParams],
+        sampling: Sampling,
+        first: int,
+        length_N: Tensor,
+        draft_NC: Tensor,
+        proposals: tuple[Tensor | None, ...] = (),
+    ) -> Group:
+        first_N = first + plan.rows * torch.arange(len(length_N), device=length_N.device)
+        rule = "denoise" if plan.denoises else params[0].rule
+        logprobs = any(p.logprobs for p in params)
+        return Group(plan, rule, params[0].beta, sampling, first_N, length_N, draft_NC, logprobs, proposals)
+
+    def decide(self, hidden_TD: Tensor, groups: list[Group]) -> list[Decision]:
         """Runs the rules of all groups side by side: what they ask for at the same time shares one product."""
-        names = ["denoise" if group.plan.denoises else group.works[0].params.rule for group in groups]
-        rules = [RULES[name](group) for name, group in zip(names, groups, strict=True)]
+        rules = [RULES[group.rule](group) for group in groups]
         wanted = [next(rule) for rule in rules]
         decisions: dict[int, Decision] = {}
         while len(decisions) < len(rules):
@@ -269,20 +282,28 @@ class Forwards:
 
     def _share(self, groups: list[Group], decisions: list[Decision] | None) -> list[list[Result]]:
         """The results of all groups, on every pipeline stage: one copy from the device."""
-        columns = [2 + 2 * group.plan.choices + group.plan.slots - 1 for group in groups]
-        sizes = [len(group.works) * width for group, width in zip(groups, columns, strict=True)]
+        sizes = [len(group.first_N) * columns(group.plan) for group in groups]
         packed = torch.empty(sum(sizes), dtype=torch.float64, device=self.device)
         if decisions:
-            tables = [d.packed(group.plan.slots).flatten() for d, group in zip(decisions, groups, strict=True)]
-            torch.cat(tables, out=packed)
+            torch.cat([d.packed(g.plan.slots).flatten() for d, g in zip(decisions, groups, strict=True)], out=packed)
         if self.model.pipeline.size() > 1 and groups:
             dist.broadcast(packed, group=self.model.pipeline, group_src=self.model.pipeline.size() - 1)
-        tables = [t.view(-1, width).tolist() for t, width in zip(packed.cpu().split(sizes), columns, strict=True)]
         proposals = [_proposals(d) for d in decisions] if decisions else [{}] * len(groups)
         return [
-            [_result(group, row, proposal.get(n)) for n, row in enumerate(table)]
-            for group, table, proposal in zip(groups, tables, proposals, strict=True)
+            results(group.plan, group.wants_logprobs, table, proposal)
+            for group, table, proposal in zip(groups, packed.cpu().split(sizes), proposals, strict=True)
         ]
+
+
+def moved(rows: Rows, token_1T: Tensor, length_1T: Tensor) -> Rows:
+    """Relative rows with their tokens, behind what the request of each row has committed."""
+    places = {name: getattr(rows, name) + length_1T for name in ("position", "order", "horizon")}
+    return replace(rows, token=token_1T, **places)
+
+
+def columns(plan: Plan) -> int:
+    """Of `Decision.packed`."""
+    return 2 + 2 * plan.choices + plan.slots - 1
 
 
 def _proposals(decision: Decision) -> dict[int, Tensor]:
@@ -292,13 +313,18 @@ def _proposals(decision: Decision) -> dict[int, Tensor]:
     return dict(zip(drafted.request_M.tolist(), drafted.proposal_MSV, strict=True))
 
 
-def _result(group: Group, row: list[float], proposal_SV: Tensor | None) -> Result:
-    """One line of `Decision.packed`."""
-    plan, (accepted, has_draft, *numbers) = group.plan, row
+def results(plan: Plan, wants_logprobs: bool, packed: Tensor, proposals: dict[int, Tensor]) -> list[Result]:
+    """Those of one plan's requests, from `Decision.packed` on the host."""
+    lines = packed.view(-1, columns(plan)).tolist()
+    return [_result(plan, wants_logprobs, line, proposals.get(n)) for n, line in enumerate(lines)]
+
+
+def _result(plan: Plan, wants_logprobs: bool, line: list[float], proposal_SV: Tensor | None) -> Result:
+    accepted, has_draft, *numbers = line
     C, accepted = plan.choices, int(accepted)
     if plan.denoises:
         return Result(plan.clean, [int(token) for token in numbers[:C]], [], numbers[C : 2 * C])
     tokens = [int(token) for token in numbers[:accepted]]
-    logprobs = numbers[C : C + accepted] if group.wants_logprobs else []
+    logprobs = numbers[C : C + accepted] if wants_logprobs else []
     draft = [int(token) for token in numbers[2 * C :]] if has_draft else []
     return Result(plan.clean - C + accepted, tokens, [tokens[-1], *draft], logprobs, proposal_SV)

@@ -113,6 +113,7 @@ def load_engine(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         outcomes="all" if d.outcomes == "auto" else d.outcomes,
         cache_tokens=d.cache_tokens,
         replicas=mesh.data if mesh.data_size > 1 else None,
+        cuda_graphs=d.cuda_graphs,
     )
     loaded = Loaded(engine, tokenizer, config, checkpoint, mesh)
     if d.outcomes == "auto":

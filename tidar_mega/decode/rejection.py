@@ -11,14 +11,13 @@ Shape suffixes: N requests, C choosing rows, S = C - 1 tested tokens, M requests
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from tidar_mega.decode.rules import Decision, Drafted, Rule, behind, chosen_logprobs
-from tidar_mega.decode.sampling import draw, log_distribution, take_ids, uniform
+from tidar_mega.decode.rules import Decision, Rule, chosen_logprobs, draft
+from tidar_mega.decode.sampling import Sampling, draw, log_distribution, take_ids, uniform
 
 if TYPE_CHECKING:
     from tidar_mega.decode.forward import Group
@@ -35,7 +34,7 @@ def rejection(group: Group) -> Rule:
     follow_N1 = draw(follow_NV[:, None], order_NC.gather(1, last_N1), sampling, FOLLOW)
     # new output: the kept draft behind its first token, then what follows it
     output_NC = torch.cat([group.draft_NC[:, 1:], follow_N1], dim=1).scatter(1, last_N1, follow_N1)
-    drafted = yield from _draft(group, accepted_N)
+    drafted = yield from draft(group, accepted_N, _draw_draft)
     return Decision(accepted_N, output_NC, chosen_logprobs(logits_NCV, output_NC, group), drafted)
 
 
@@ -44,7 +43,7 @@ def _test(group: Group, p_NCV: Tensor, order_NC: Tensor) -> tuple[Tensor, Tensor
     if group.plan.choosing == 1:  # nothing but AR's own last choice: plain sampling
         return torch.ones_like(order_NC[:, 0]), p_NCV[:, 0]
     tested_NS = group.draft_NC[:, 1:]
-    q_NSV = torch.stack([work.proposal_SV for work in group.works])
+    q_NSV = torch.stack(group.proposals)
     p_NSV = p_NCV[:, :-1]
     ratio_NS = (
         take_ids(p_NSV, tested_NS, group.sampling.group) - take_ids(q_NSV, tested_NS, group.sampling.group)
@@ -62,13 +61,6 @@ def _test(group: Group, p_NCV: Tensor, order_NC: Tensor) -> tuple[Tensor, Tensor
     return accepted_N, torch.where(all_stay_N1, p_NV, residual_NV)
 
 
-def _draft(group: Group, accepted_N: Tensor) -> Generator[Tensor, Tensor, Drafted | None]:
-    place = behind(group, accepted_N)
-    if place is None:
-        return None
-    request_M, kept_M, group_M, exists_M = place
-    logits_MSV = yield group.drafting_rows(group_M, request_M, 1)
-    sampling = group.sampling.take(request_M)
+def _draw_draft(logits_MSV: Tensor, order_MS: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     q_MSV = log_distribution(logits_MSV, sampling)
-    token_MS = draw(q_MSV, group.drafting_order(kept_M, request_M, 1), sampling, DRAFT)
-    return Drafted(request_M, token_MS, exists_M, q_MSV)
+    return draw(q_MSV, order_MS, sampling, DRAFT), q_MSV

@@ -12,7 +12,8 @@ V vocabulary ids of this rank.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import functools
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,12 +21,13 @@ import torch
 from torch import Tensor
 
 from tidar_mega.decode import accept
-from tidar_mega.decode.sampling import choose, log_probabilities, take_ids
+from tidar_mega.decode.sampling import Sampling, choose, log_probabilities, take_ids
 
 if TYPE_CHECKING:
     from tidar_mega.decode.forward import Group
 
 Rule = Generator[Tensor, Tensor, "Decision"]
+Draw = Callable[[Tensor, Tensor, Sampling], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -77,16 +79,19 @@ def coupled(group: Group) -> Rule:
     return Decision(accepted_N, choice_NC, logprob_NC, drafted)
 
 
-def draft(group: Group, accepted_N: Tensor) -> Generator[Tensor, Tensor, Drafted | None]:
-    """The drafts of the groups that stand behind the actual outcomes, slots 1.., by AR's own way of choosing."""
+def draft(group: Group, accepted_N: Tensor, draw: Draw | None = None) -> Generator[Tensor, Tensor, Drafted | None]:
+    """The drafts of the groups that stand behind the actual outcomes, slots 1.., chosen as AR chooses, or by `draw`:
+    (logits_MSV, order_MS, sampling) to ids [M, S] and the logits that they were drawn from."""
     place = behind(group, accepted_N)
     if place is None:
         return None
     request_M, kept_M, group_M, exists_M = place
     logits_MSV = yield group.drafting_rows(group_M, request_M, 1)
-    order_MS = group.drafting_order(kept_M, request_M, 1)
-    token_MS = choose(logits_MSV, order_MS, group.sampling.take(request_M))
-    return Drafted(request_M, token_MS, exists_M)
+    order_MS, sampling = group.drafting_order(kept_M, request_M, 1), group.sampling.take(request_M)
+    if draw is None:
+        return Drafted(request_M, choose(logits_MSV, order_MS, sampling), exists_M)
+    token_MS, proposal_MSV = draw(logits_MSV, order_MS, sampling)
+    return Drafted(request_M, token_MS, exists_M, proposal_MSV)
 
 
 def behind(group: Group, accepted_N: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
@@ -97,15 +102,20 @@ def behind(group: Group, accepted_N: Tensor) -> tuple[Tensor, Tensor, Tensor, Te
     plan, device = group.plan, accepted_N.device
     if not plan.outcomes or plan.slots == 1:
         return None
-    number = torch.full((plan.clean + 1,), -1, device=device)
-    number[list(plan.outcomes)] = torch.arange(len(plan.outcomes), device=device)
     kept_N = plan.clean - plan.choosing + accepted_N
-    group_N = number[kept_N]
+    group_N = _group_numbers(plan.clean, plan.outcomes, device)[kept_N]
     exists_N = group_N >= 0
     request_M = torch.arange(len(kept_N), device=device) if device.type == "cuda" else exists_N.nonzero().squeeze(1)
     if not len(request_M):
         return None
     return request_M, kept_N[request_M], group_N[request_M].clamp(min=0), exists_N[request_M]
+
+
+@functools.cache  # recordings read these tensors for as long as they live (`graphs.py`)
+def _group_numbers(clean: int, outcomes: tuple[int, ...], device: torch.device) -> Tensor:
+    """For each number of kept clean rows, which group stands behind it; -1: none."""
+    number = {kept: group for group, kept in enumerate(outcomes)}
+    return torch.tensor([number.get(kept, -1) for kept in range(clean + 1)], device=device)
 
 
 def chosen_logprobs(logits_NCV: Tensor, choice_NC: Tensor, group: Group) -> Tensor | None:
