@@ -80,7 +80,13 @@ class PlainTidar:
 
     def loss(self, sequences: list[tuple[torch.Tensor, torch.Tensor]], block: int, alpha: float, mask_id: int):
         """(loss, CE_AR, CE_draft) over sequences of (token [S + 1], document [S + 1]); the last is only a label."""
-        ar, draft = [], []
+        ar, drafts = self.losses(sequences, block, mask_id)
+        ce_ar, ce_draft = ar.mean(), torch.cat([ce for ce, _ in drafts]).mean()
+        return (alpha * ce_ar + ce_draft) / (1 + alpha), ce_ar, ce_draft
+
+    def losses(self, sequences: list[tuple[torch.Tensor, torch.Tensor]], block: int, mask_id: int):
+        """Cross entropies of the clean rows; and of the slots of each block, with whether its best id is right."""
+        ar, drafts = [], []
         for token, document in sequences:
             size = len(token) - 1
             position = torch.arange(size)
@@ -92,6 +98,8 @@ class PlainTidar:
             logits = self.logits(hidden)
             has_next = document[1:] == document[:-1]
             ar.append(F.cross_entropy(logits[:size][has_next], token[1:][has_next], reduction="none"))
-            draft.append(F.cross_entropy(logits[size:], token[:size], reduction="none"))
-        ce_ar, ce_draft = torch.cat(ar).mean(), torch.cat(draft).mean()
-        return (alpha * ce_ar + ce_draft) / (1 + alpha), ce_ar, ce_draft
+            logits = logits[size:]
+            ce, right = F.cross_entropy(logits, token[:size], reduction="none"), logits.argmax(-1) == token[:size]
+            starts = [i for i in range(size) if position[i] % block == 0]
+            drafts += [(ce[a:b], right[a:b]) for a, b in zip(starts, [*starts[1:], size], strict=True)]
+        return torch.cat(ar), drafts

@@ -64,6 +64,11 @@ class TrainConfig:
     alpha: float = 1.0  # loss = (alpha * CE_AR + CE_draft) / (1 + alpha)
     draft_fraction: float = 1.0  # share of the blocks of a sequence that are drafted in a step
     random_offset: bool = False  # shift the block starts of each sequence by a random 0..block-1
+    # left-to-right losses of a draft on top (arXiv 2606.11552), 0 = without; the paper has 1, 0.3 and an unstated one
+    position_weight: float = 0.0  # cross entropy weighted by exp(-slot / position_gamma)
+    position_gamma: float = 10.0
+    focal_weight: float = 0.0  # cross entropy at a draft's first wrong slot
+    chain_weight: float = 0.0  # minus the expected accepted length of a draft
     loss_chunk: int = 2048  # rows of which logits exist at once
     nan_limit: int = 3  # a step with a non-finite gradient is skipped; this many in a row end the run
     eval_interval: int = 200  # steps between validations; 0 = only at the end
@@ -249,6 +254,7 @@ def check(config: Config) -> None:
         "train.eval_sequences": t.eval_sequences,
         "train.final_eval_sequences": t.final_eval_sequences,
         "train.alpha": t.alpha,
+        "train.position_gamma": t.position_gamma,
         "optimizer.lr": o.lr,
         "optimizer.epsilon": o.epsilon,
         "parallel.tensor": p.tensor,
@@ -271,6 +277,9 @@ def check(config: Config) -> None:
         _require(value > 0, key, value, "a number above 0")
     for key, value in {
         "train.eval_interval": t.eval_interval,
+        "train.position_weight": t.position_weight,
+        "train.focal_weight": t.focal_weight,
+        "train.chain_weight": t.chain_weight,
         "optimizer.min_lr": o.min_lr,
         "optimizer.warmup_steps": o.warmup_steps,
         "optimizer.weight_decay": o.weight_decay,
@@ -288,6 +297,10 @@ def check(config: Config) -> None:
     _choice("precision.fp8_format", config.precision.fp8_format, ("hybrid", "e4m3"))
     _choice("parallel.recompute", p.recompute, ("none", "selective", "full"))
     _choice("optimizer.schedule", o.schedule, ("cosine", "wsd", "constant"))
+    for key in ("position_weight", "focal_weight", "chain_weight"):
+        if config.method == "ar":
+            value, allowed = getattr(t, key), "0 with method = ar, which drafts nothing"
+            _require(value == 0, f"train.{key}", value, allowed, "or set method = tidar")
     _require(0 < t.draft_fraction <= 1, "train.draft_fraction", t.draft_fraction, "above 0 and at most 1")
     for key, beta in {"optimizer.beta1": o.beta1, "optimizer.beta2": o.beta2}.items():
         _require(0 <= beta < 1, key, beta, "0 or more and below 1")

@@ -115,7 +115,7 @@ def _plain_step(config: Config, mesh, method, rows: Rows, vocab: int):
     dtype = device.DTYPES[config.precision.dtype]
     model = PlainModel(config.model, gpt.padded_vocab_size(config, vocab)).to(device.device())
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.optimizer.lr)
-    weighted = normalise(Task(config, mesh, method, [], torch.ones(0)), [rows])[0].to(device.device())
+    weighted = normalise(Task(config, mesh, method, [], torch.ones(0)), [rows])[0][0].to(device.device())
 
     def step() -> None:
         with torch.autocast(device.device().type, dtype, enabled=dtype != torch.float32):

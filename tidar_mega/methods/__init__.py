@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import pkgutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,24 +13,25 @@ import torch
 from torch import Tensor
 
 from tidar_mega.config import Config, ConfigError
-from tidar_mega.losses import RowLosses
+from tidar_mega.losses import DraftTerms, RowLosses
 from tidar_mega.rows import Rows
 
 
 @dataclass(frozen=True)
 class Term:
-    """One term of a loss: the mean cross entropy of the rows that `select` (Rows -> bool [B, T]) picks, times
-    `coefficient`. The mean is over the global batch, weighted by the rows' weights."""
+    """One term of a loss: the mean cross entropy of the rows that `share` (Rows -> float or bool [B, T]) counts, times
+    `coefficient`. The mean is over the global batch, weighted by the shares and by the rows' weights."""
 
     name: str
     coefficient: float
-    select: object
+    share: Callable[[Rows], Tensor]
 
 
 class Method(Protocol):
     """What a file of this folder provides under the name METHOD (a class built from config and mask id)."""
 
     terms: tuple[Term, ...]
+    drafts: DraftTerms  # losses of whole drafts, on top of the terms
 
     def training_rows(self, clean: Rows, sample: Tensor) -> Rows:
         """The rows of one forward. `clean` [B, S] is the packed text, `sample` int64 [B] its global sample indices."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from tidar_mega.config import Config
-from tidar_mega.losses import RowLosses
+from tidar_mega.losses import DraftTerms, RowLosses
 from tidar_mega.methods import Term
 from tidar_mega.rows import Rows
 
@@ -13,6 +13,7 @@ from tidar_mega.rows import Rows
 class AutoRegressive:
     def __init__(self, config: Config, mask_id: int) -> None:
         self.terms = (Term("ar", 1.0, lambda rows: rows.is_clean),)
+        self.drafts = DraftTerms()
 
     def training_rows(self, clean: Rows, sample: Tensor) -> Rows:
         return clean

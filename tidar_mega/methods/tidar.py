@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tidar_mega.config import Config
-from tidar_mega.losses import RowLosses
+from tidar_mega.losses import DraftTerms, RowLosses
 from tidar_mega.methods import Term, generator
 from tidar_mega.rows import PADDING, Rows, concatenate
 
@@ -27,11 +27,14 @@ class Tidar:
         self.fraction = config.train.draft_fraction
         self.random_offset = config.train.random_offset
         self.seed = config.train.seed
-        alpha = config.train.alpha
+        t = config.train
         self.terms = (
-            Term("ar", alpha / (1 + alpha), lambda rows: rows.is_clean),
-            Term("draft", 1 / (1 + alpha), lambda rows: ~rows.is_clean),
+            Term("ar", t.alpha / (1 + t.alpha), lambda rows: rows.is_clean),
+            Term("draft", 1 / (1 + t.alpha), lambda rows: ~rows.is_clean),
         )
+        if t.position_weight:
+            self.terms += (position_term(t.position_weight, t.position_gamma),)
+        self.drafts = DraftTerms(t.focal_weight, t.chain_weight, first=1)
 
     def training_rows(self, clean: Rows, sample: Tensor) -> Rows:
         offset_B = torch.zeros_like(sample)
@@ -86,6 +89,11 @@ class Tidar:
         figures["draft_accuracy"] = float(sums["slot_correct"].sum() / sums["slot_count"].sum().clamp(min=1))
         figures["expected_tokens_per_forward"] = float(sums["accepted"] / sums["blocks"].clamp(min=1))
         return figures
+
+
+def position_term(weight: float, gamma: float) -> Term:
+    """Cross entropy of the drafting rows, the more the earlier their slot: exp(-slot / gamma) (arXiv 2606.11552)."""
+    return Term("position", weight, lambda rows: (~rows.is_clean) * torch.exp((rows.horizon - rows.order) / gamma))
 
 
 def mask_rows(clean: Rows, mask_id: int, block: int, offset_B: Tensor) -> Rows:

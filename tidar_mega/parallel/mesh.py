@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from tidar_mega.config import Config, ConfigError, UserError, check_batch
+from tidar_mega.config import Config, ConfigError, ParallelConfig, UserError, check_batch
 from tidar_mega.device import prepare_megatron
 
 
@@ -84,15 +84,15 @@ def build_mesh(config: Config) -> Mesh:
     parallel, world = config.parallel, dist.get_world_size()
     data = _data_size(config, world)
     check_batch(config, data)
-    if parallel_state.model_parallel_is_initialized():
+    if not _exists(parallel):
         parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
-        context_parallel_size=parallel.context,
-        distributed_timeout_minutes=parallel.timeout_minutes,
-    )
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+            context_parallel_size=parallel.context,
+            distributed_timeout_minutes=parallel.timeout_minutes,
+        )
     model_parallel_cuda_manual_seed(config.train.seed, force_reset_rng=True)
     torch.manual_seed(config.train.seed)  # megatron seeds only CUDA
     return Mesh(
@@ -104,6 +104,24 @@ def build_mesh(config: Config) -> Mesh:
         data=parallel_state.get_data_parallel_group(),
         sharded_data=parallel_state.get_data_parallel_group(with_context_parallel=True),
     )
+
+
+def _exists(parallel: ParallelConfig) -> bool:
+    """Whether the groups of this layout are there already: an engine or a model more in a process makes no new ones,
+    of which each would keep threads and sockets that nothing takes away."""
+    if not parallel_state.model_parallel_is_initialized():
+        return False
+    try:
+        dist.get_process_group_ranks(parallel_state.get_tensor_model_parallel_group())
+    except KeyError:  # of a process group that was destroyed
+        return False
+    sizes = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
+        parallel_state.get_context_parallel_world_size(),
+    )
+    return sizes == (parallel.tensor, parallel.pipeline, parallel.virtual_pipeline, parallel.context)
 
 
 def _data_size(config: Config, world: int) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 from tidar_mega import device
 from tidar_mega.config import Config
 from tidar_mega.data.stream import Stream
-from tidar_mega.losses import RowLosses, cross_entropy
+from tidar_mega.losses import DraftTerms, RowLosses, cross_entropy, draft_sums
 from tidar_mega.methods import Method
 from tidar_mega.model import precision
 from tidar_mega.model.attention import TrainingAttention, choose_backend
@@ -61,24 +61,27 @@ def _rows(task: Task, stream: Stream, samples: list[int]) -> Rows:
     return task.method.training_rows(clean, torch.tensor(samples))
 
 
-def normalise(task: Task, batch: list[Rows]) -> list[Rows]:
-    """Divides each row's weight by its term's total over the global batch and multiplies by the term's coefficient.
+def normalise(task: Task, batch: list[Rows]) -> tuple[list[Rows], DraftTerms]:
+    """Divides each row's weight by its term's total over the global batch and multiplies by the term's coefficient;
+    likewise the losses of whole drafts.
 
-    The loss of a step is then the plain sum over all rows of all ranks, whatever the layout.
+    The loss of a step is then the plain sum over all rows and drafts of all ranks, whatever the layout.
     """
-    selected = [[term.select(rows) for term in task.method.terms] for rows in batch]
-    totals = torch.zeros(len(task.method.terms), dtype=torch.float64)
-    for rows, masks in zip(batch, selected, strict=True):
-        totals += torch.stack([(rows.weight * m).sum(dtype=torch.float64) for m in masks])
+    shares = [[term.share(rows).double() for term in task.method.terms] for rows in batch]
+    totals = torch.zeros(len(task.method.terms) + 1, dtype=torch.float64)
+    for rows, own in zip(batch, shares, strict=True):
+        sums = [(rows.weight * share).sum(dtype=torch.float64) for share in own]
+        totals += torch.stack([*sums, task.method.drafts.count(rows).double()])
     totals = totals.to(device.device())
     dist.all_reduce(totals, group=task.mesh.data)
-    coefficients = torch.tensor([t.coefficient for t in task.method.terms], dtype=torch.float64)
-    scale = coefficients / totals.cpu().clamp(min=1)
+    *of_terms, drafts = totals.clamp(min=1).tolist()
+    scale = [term.coefficient / total for term, total in zip(task.method.terms, of_terms, strict=True)]
     scaled = []
-    for rows, masks in zip(batch, selected, strict=True):
-        factor_BT = sum(s * m for s, m in zip(scale, masks, strict=True))
+    for rows, own in zip(batch, shares, strict=True):
+        factor_BT = sum(s * share for s, share in zip(scale, own, strict=True))
         scaled.append(replace(rows, weight=(rows.weight * factor_BT).float()))
-    return scaled
+    terms = task.method.drafts
+    return scaled, replace(terms, focal=terms.focal / drafts, chain=terms.chain / drafts)
 
 
 @torch.no_grad()
@@ -87,7 +90,7 @@ def validate(task: Task, stream: Stream, sequences: int) -> dict[str, float]:
     count = min(sequences, stream.samples_per_epoch)
     for chunk in task.chunks:
         chunk.eval()
-    sums = _run_schedule(task, list(micro_batches(task, stream, 0, count)), forward_only=True)
+    sums = _run_schedule(task, list(micro_batches(task, stream, 0, count)), DraftTerms(), forward_only=True)
     for chunk in task.chunks:
         chunk.train()
     return summarise(task, sums)
@@ -97,10 +100,10 @@ def accumulate_gradients(task: Task, batch: list[Rows]) -> Sums:
     """Forward and backward of a step's micro-batches. Returns sums over all ranks."""
     for chunk in task.chunks:
         chunk.zero_grad_buffer()
-    return _run_schedule(task, normalise(task, batch), forward_only=False)
+    return _run_schedule(task, *normalise(task, batch), forward_only=False)
 
 
-def _run_schedule(task: Task, batch: list[Rows], forward_only: bool) -> Sums:
+def _run_schedule(task: Task, batch: list[Rows], drafts: DraftTerms, forward_only: bool) -> Sums:
     """Takes the micro-batches through megatron's schedule of the layout. Returns sums over all ranks, on every rank."""
     sums: Sums = {}
 
@@ -111,7 +114,7 @@ def _run_schedule(task: Task, batch: list[Rows], forward_only: bool) -> Sums:
         if not chunk.module.post_process:
             return hidden_TBD, None
         head_VD, chunk_rows = _head_weight(chunk), task.config.train.loss_chunk
-        losses = cross_entropy(hidden_TBD, head_VD, part.rows, task.mesh.tensor, chunk_rows)
+        losses = cross_entropy(hidden_TBD, head_VD, part.rows, task.mesh.tensor, chunk_rows, drafts)
 
         def loss_function(_):
             _add(sums, _statistics(task, *_whole(task, losses, rows, part)))
@@ -170,17 +173,21 @@ def _statistics(task: Task, rows: Rows, losses: RowLosses) -> Sums:
     sums: Sums = {}
     label_N = rows.label[losses.index]
     for term in task.method.terms:
-        picked_N = term.select(rows)[losses.index]
-        sums[f"{term.name}.loss"] = losses.loss[picked_N].sum(dtype=torch.float64)
-        sums[f"{term.name}.rows"] = picked_N.sum(dtype=torch.float64)
-        sums[f"{term.name}.bytes"] = task.token_bytes[label_N[picked_N]].sum(dtype=torch.float64)
+        share_N = term.share(rows)[losses.index].double()
+        sums[f"{term.name}.loss"] = (losses.loss * share_N).sum()
+        sums[f"{term.name}.rows"] = share_N.sum()
+        sums[f"{term.name}.bytes"] = (task.token_bytes[label_N] * share_N).sum()
     counts = {
         "count.rows": (rows.document != PADDING).sum(),
         "count.tokens": (rows.is_clean & (rows.document != PADDING)).sum(),
         "count.pairs": torch.tensor(visible_pairs(rows), device=label_N.device),
         "count.head_rows": torch.tensor(len(label_N), device=label_N.device),
     }
-    return sums | {k: v.double() for k, v in counts.items()} | task.method.statistics(rows, losses)
+    sums |= {k: v.double() for k, v in counts.items()} | task.method.statistics(rows, losses)
+    if task.method.drafts.any:
+        focal, length = draft_sums(task.method.drafts, rows, losses)
+        sums |= {"drafts.focal": focal, "drafts.chain": -length, "drafts.count": task.method.drafts.count(rows)}
+    return sums
 
 
 def _add(sums: Sums, more: Sums) -> None:
@@ -199,6 +206,9 @@ def summarise(task: Task, sums: Sums) -> dict[str, float]:
     """Figures for a log: the loss as it is optimised, each term's mean, nats per byte, the method's own figures."""
     figures = {t.name: float(sums[f"{t.name}.loss"] / sums[f"{t.name}.rows"].clamp(min=1)) for t in task.method.terms}
     loss = sum(t.coefficient * figures[t.name] for t in task.method.terms)
+    for name in ("focal", "chain") if task.method.drafts.any else ():
+        figures[name] = float(sums[f"drafts.{name}"] / sums["drafts.count"].clamp(min=1))
+        loss += getattr(task.method.drafts, name) * figures[name]
     named = {f"loss_{name}": value for name, value in figures.items()}
     if "ar.bytes" in sums:
         named["nats_per_byte"] = float(sums["ar.loss"] / sums["ar.bytes"].clamp(min=1))
