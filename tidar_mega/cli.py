@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         rank = f"[rank {os.environ['RANK']}] " if os.environ.get("RANK", "0") != "0" else ""
         print(f"{rank}error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         return 130
 
@@ -170,7 +170,12 @@ def _pretrain(args) -> int:
     if args.print_config:
         print(config_module.to_yaml(config), end="")
         return 0
-    if launch.is_worker():
+    placed = launch.take_place()
+    if (steps := launch.finished(config)) is not None:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"already done: {steps} steps; raise train.steps to go on", flush=True)
+        return 0
+    if placed:
         return _pretrain_worker(config)
     import torch
 
@@ -186,6 +191,7 @@ def _pretrain(args) -> int:
 
 
 def _pretrain_worker(config: Config) -> int:
+    from tidar_mega import launch
     from tidar_mega.train.health import StopRequest
 
     stop = StopRequest()
@@ -197,9 +203,10 @@ def _pretrain_worker(config: Config) -> int:
 
     ending.join(config, int(os.environ.get("LOCAL_RANK", "0")))
     with ending.opened(config) as roll_call:
-        train(config, build_mesh(config), stop, roll_call)
+        progress = train(config, build_mesh(config), stop, roll_call)
+        rank = dist.get_rank()
     dist.destroy_process_group()
-    return 0
+    return launch.conclude(config, progress.step) if rank == 0 else 0
 
 
 # generate
@@ -241,7 +248,7 @@ def _in_ranks(args) -> int | None:
     from tidar_mega import launch
     from tidar_mega.decode import load
 
-    if launch.is_worker():
+    if launch.take_place():
         if os.environ["RANK"] != "0":
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
             args.json = None

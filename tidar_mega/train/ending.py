@@ -16,20 +16,20 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from tidar_mega import device
-from tidar_mega.config import Config, UserError
+from tidar_mega.config import Config, LostError, UserError
 from tidar_mega.parallel.failures import of_communication
 from tidar_mega.train.health import anywhere
 from tidar_mega.train.roll_call import GRACE_SECONDS, PERIOD_SECONDS, Note, RollCall, Survey, say
 
 
 def join(config: Config, local_rank: int) -> None:
-    """Joins the process group that the launcher described. Raises UserError if not all processes come."""
+    """Joins the process group that the launcher described. Raises LostError if not all processes come."""
     _record_collectives(config)
     try:
         device.start_process_group(config, local_rank)
     except dist.DistError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise UserError(
+        raise LostError(
             f"WORLD_SIZE = {os.environ.get('WORLD_SIZE')}: not all processes met at {where} within "
             f"{config.parallel.timeout_minutes:g} minutes, parallel.timeout_minutes ({_first_line(error)}); "
             "look at the logs of the others, and whether they can reach that address"
@@ -102,7 +102,7 @@ def _tell(roll_call: RollCall, error: BaseException, timeout_minutes: float) -> 
         else:
             answers = answer is not None
             text = _missing(roll_call, error, timeout_minutes, answer)
-            shown, code = f"[rank {rank}] error: {text}", 2
+            shown, code = f"[rank {rank}] error: {text}", LostError.exit_code
     if note is None:
         note = roll_call.leave(code, text) if answers else Note(rank, code, text)
     if note.rank == rank:
@@ -121,7 +121,7 @@ def _own_failure(roll_call: RollCall, error: BaseException) -> tuple[str, str, i
     """(one line for other ranks, what to print, exit code)"""
     if isinstance(error, UserError):
         prefix = f"[rank {roll_call.rank}] " if roll_call.rank else ""
-        return str(error), f"{prefix}error: {error}", 2
+        return str(error), f"{prefix}error: {error}", error.exit_code
     trace = "".join(traceback.format_exception(error))
     text = f"{type(error).__name__}: {_first_line(error)}"
     return text, f"[rank {roll_call.rank}] failed at {roll_call.place}:\n{trace}", 1
