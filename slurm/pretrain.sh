@@ -27,6 +27,9 @@ environment=${TIDAR_ENV:-slurm/env.sh}
 if [[ -f $environment ]]; then
     source "$environment"
 fi
+if [[ -n ${TIDAR_CODE:-} ]]; then # the copy of the code that `tidar launch` has made
+    export PYTHONPATH=$TIDAR_CODE${PYTHONPATH:+:$PYTHONPATH}
+fi
 python=${TIDAR_PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)}
 unset RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT # of the shell that called sbatch; srun's tasks have their own
 

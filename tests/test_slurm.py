@@ -1,4 +1,4 @@
-"""Whole runs on a real Slurm of two nodes (`make test-slurm`): to the end, through signals, limits, crashes, bad use."""
+"""Whole runs on a real Slurm of two nodes (`make test-slurm`): to the end, signals, limits, crashes, bad use."""
 
 from __future__ import annotations
 

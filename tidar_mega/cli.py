@@ -198,15 +198,36 @@ def _pretrain_worker(config: Config) -> int:
     import torch.distributed as dist
 
     from tidar_mega.parallel.mesh import build_mesh
-    from tidar_mega.train import ending
+    from tidar_mega.train import ending, preflight
     from tidar_mega.train.loop import train
 
     ending.join(config, int(os.environ.get("LOCAL_RANK", "0")))
     with ending.opened(config) as roll_call:
-        progress = train(config, build_mesh(config), stop, roll_call)
-        rank = dist.get_rank()
+        mesh, rank = build_mesh(config), dist.get_rank()
+        if config.launch.preflight:
+            roll_call.at(0, "preflight")
+            found = preflight.check(config, lambda nodes: launch.note_bad_nodes(config, nodes))
+            if rank == 0:
+                print(found, flush=True)
+        progress = train(config, mesh, stop, roll_call)
     dist.destroy_process_group()
     return launch.conclude(config, progress.step) if rank == 0 else 0
+
+
+# launch
+
+
+def _add_launch(parser, _) -> None:
+    from tidar_mega.launch import command
+
+    parser.set_defaults(verb=_launch)
+    command.add_arguments(parser)
+
+
+def _launch(args) -> int:
+    from tidar_mega.launch import command
+
+    return command.run(args)
 
 
 # generate
@@ -342,6 +363,7 @@ _VERBS = {
     "prepare": (_add_prepare, "Make a tokenizer and webdataset shards from text."),
     "plan": (_add_plan, "Say what a run would take: memory, FLOPs, communication, time; find the layouts that fit."),
     "pretrain": (_add_pretrain, "Train, or go on from the newest checkpoint of the run folder."),
+    "launch": (_add_launch, "Train in a Slurm job that goes back into the queue until the run is finished."),
     "generate": (_add_generate, "Continue a prompt, streamed as tokens are committed."),
     "convert": (
         _add_convert,
