@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -14,6 +13,7 @@ import psutil
 import pytest
 
 from tests.test_main_job import losses, make_corpus, metrics, tidar
+from tidar_mega import launch
 from tidar_mega.launch import restarts, slurm
 
 pytestmark = [
@@ -37,15 +37,21 @@ FOUR_TASKS = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=0")
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> Path:
-    """A folder with a corpus, a config, what a cluster's own environment file holds, and a run that Slurm knows not."""
+    """A folder with a corpus, a config, and what a cluster's own environment file holds."""
     folder = tmp_path_factory.mktemp("cluster")
     make_corpus(folder)
     (folder / "run.yaml").write_text(CONFIG)
     (folder / "slurm").mkdir()
     env = f"export TIDAR_PYTHON={sys.executable} PYTHONPATH={ROOT} OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME=lo\n"
     (folder / "slurm" / "env.sh").write_text(env)
-    tidar(folder, "pretrain", "run.yaml", "run_dir=local")
     return folder
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(work) -> dict:
+    """The losses of a run of the same layout that Slurm knows not."""
+    tidar(work, "pretrain", "run.yaml", "run_dir=local")
+    return losses(work, "local")
 
 
 def sbatch(folder: Path, *settings: str, options: tuple[str, ...] = FOUR_TASKS, config: str = "run.yaml") -> str:
@@ -95,10 +101,10 @@ def rank_process(run: str, rank: int) -> psutil.Process:
     raise AssertionError(f"rank {rank} of {run} is not there")
 
 
-def test_a_job_trains_to_the_end_with_the_losses_of_a_local_run(work):
+def test_a_job_trains_to_the_end_with_the_losses_of_a_local_run(work, uninterrupted):
     job = sbatch(work, "run_dir=plain")
     said = end(work, job)
-    assert losses(work, "plain") == losses(work, "local")
+    assert losses(work, "plain") == uninterrupted
     assert "done: 30 steps" in said and "4 process(es)" in said
     assert sorted(p.name for p in (work / "plain" / "logs" / job).iterdir()) == [f"rank_{r}.log" for r in range(4)]
     assert restarted(job) == 0
@@ -113,7 +119,7 @@ def test_one_process_per_gpu_of_every_node(work):
 
 
 @pytest.mark.parametrize("how", ["USR2", "TERM"])
-def test_a_signal_in_mid_run_saves_requeues_and_goes_on_bit_for_bit(work, how):
+def test_a_signal_in_mid_run_saves_requeues_and_goes_on_bit_for_bit(work, uninterrupted, how):
     run = f"signalled_{how}"
     job = sbatch(work, f"run_dir={run}")
     reached(work, run, 7)
@@ -123,7 +129,7 @@ def test_a_signal_in_mid_run_saves_requeues_and_goes_on_bit_for_bit(work, how):
     assert restarted(job) == 1
     stopped_at = int(said.split("stopped at step ")[1].split(";")[0])
     assert f"resumed from {run}/checkpoints/step_{stopped_at:08d}" in said, "nothing is lost"
-    assert losses(work, run) == losses(work, "local")
+    assert losses(work, run) == uninterrupted
 
 
 def test_the_time_limit_in_mid_run_saves_requeues_and_goes_on_bit_for_bit(work):
@@ -143,18 +149,18 @@ def test_the_time_limit_in_mid_run_saves_requeues_and_goes_on_bit_for_bit(work):
     assert len(losses(work, "limited")) == steps
 
 
-def test_a_killed_rank_ends_the_others_and_the_job_goes_on_from_the_newest_checkpoint(work):
+def test_a_killed_rank_ends_the_others_and_the_job_goes_on_from_the_newest_checkpoint(work, uninterrupted):
     job = sbatch(work, "run_dir=killed")
     reached(work, "killed", 7)
     rank_process("killed", 3).send_signal(signal.SIGKILL)
     said = end(work, job)
     assert "task 3: Killed" in said and f"job {job} is requeued, restart 1" in said
     assert "resumed from killed/checkpoints/" in said
-    assert losses(work, "killed") == losses(work, "local")
+    assert losses(work, "killed") == uninterrupted
 
 
 def test_a_job_that_makes_no_progress_is_not_started_for_ever(work):
-    """Rank 1 finds no corpus, at every start."""
+    """Rank 1 aborts as it starts, at every start."""
     (work / "slurm" / "broken.sh").write_text(
         (work / "slurm" / "env.sh").read_text() + "export PYTHONPATH=$PYTHONPATH:$PWD/broken\n"
     )
@@ -219,13 +225,53 @@ def test_the_first_host_is_the_one_that_slurm_names(nodes):
     assert slurm.first_host(nodes) == named.stdout.split()[0]
 
 
-def test_the_marker_of_a_finished_run_holds_only_with_its_checkpoint(work, tmp_path):
-    from tidar_mega.config import load
+def test_submit_from_python_gives_the_same_run_also_through_a_signal(work, uninterrupted, monkeypatch):
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    settings = ["run_dir=submitted"]
+    job = launch.submit("run.yaml", settings, nodes=2, tasks=2, time="20", signal_seconds=60)
+    job.watcher._delay_s = 2
+    reached(work, "submitted", 7)
+    subprocess.run(["scancel", "--signal=USR2", job.job_id], check=True)
+    assert job.result() == {"finished": True, "step": 30, "run_dir": "submitted"}
+    assert restarted(job.job_id) == 1
+    assert losses(work, "submitted") == uninterrupted
 
-    marker = json.loads((work / "local" / "finished.json").read_text())
-    assert marker == {"step": 30, "checkpoint": "step_00000030"}
-    setting = [f"run_dir={work / 'local'}"]
-    assert restarts.finished(load(work / "run.yaml", setting)) == 30
-    assert restarts.finished(load(work / "run.yaml", [*setting, "train.steps=31"])) is None
-    (tmp_path / "finished.json").write_text(json.dumps(marker))
-    assert restarts.finished(load(work / "run.yaml", [f"run_dir={tmp_path}"])) is None
+
+def test_a_sweep_of_three(work, monkeypatch):
+    monkeypatch.chdir(work)
+    rates = [[f"optimizer.lr={rate}", "train.steps=3", "parallel.data=null"] for rate in (1e-3, 2e-3, 3e-3)]
+    jobs = launch.sweep("run.yaml", rates, nodes=1, tasks=1, time="20", signal_seconds=60)
+    for job in jobs:
+        job.watcher._delay_s = 2
+    assert [job.result()["step"] for job in jobs] == [3, 3, 3]
+    last = [metrics(work / "runs" / "default", f"sweep_{n}")[3]["loss"] for n in range(3)]
+    assert len(set(last)) == 3
+
+
+def test_launch_follows_a_job_that_runs_a_copy_of_the_code(work, monkeypatch):
+    asked = ("--nodes", "2", "--gpus", "0", "--tasks", "2", "--time", "20", "run_dir=launched", "train.steps=3")
+    said = tidar(work, "launch", "run.yaml", *asked, "--follow")
+    assert "done: 3 steps" in said and "logs in launched/logs/" in said
+    status = tidar(work, "launch", "--status", "launched")
+    assert "COMPLETED" in status and "newest checkpoint: step_00000003" in status and "finished" in status
+    (copy,) = (work / "launched" / "code").iterdir()
+    assert (copy / "tidar_mega" / "cli.py").read_text() == (ROOT / "tidar_mega" / "cli.py").read_text()
+
+
+IMPOSSIBLE = {
+    "a partition": (("--partition", "fast"), "--partition fast: this cluster has main"),
+    "nodes": (("--nodes", "3"), "--nodes 3: partition main has 2"),
+    "GPUs": (("--gpus", "4"), "--gpus 4: of the 2 nodes of partition main, 0 have so many; the most is 2"),
+    "a layout": (("--gpus", "2", "parallel.tensor=4", "parallel.data=null"), "must divide the 2 processes"),
+    "a setting": (("train.stepz=1",), "did you mean train.steps"),
+}
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_what_the_cluster_lacks_is_said_before_anything_is_queued(work, name):
+    options, message = IMPOSSIBLE[name]
+    said = tidar(work, "launch", "run.yaml", "parallel.data=null", *options, "run_dir=impossible", code=2)
+    assert message in said and "Traceback" not in said
+    assert not (work / "impossible").exists()
+    assert "impossible" not in subprocess.run(["squeue", "-h", "-o", "%o"], capture_output=True, text=True).stdout
