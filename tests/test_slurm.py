@@ -56,7 +56,7 @@ def uninterrupted(work) -> dict:
 
 def sbatch(folder: Path, *settings: str, options: tuple[str, ...] = FOUR_TASKS, config: str = "run.yaml") -> str:
     """Submits slurm/pretrain.sh as a user would; the job's id."""
-    command = ["sbatch", "--parsable", "--time=10", *options, str(ROOT / "slurm" / "pretrain.sh"), config, *settings]
+    command = ["sbatch", "--parsable", "--time=60", *options, str(ROOT / "slurm" / "pretrain.sh"), config, *settings]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -67,7 +67,7 @@ def over(job: str) -> bool:
     return not slurm.show(job)["JobState"].startswith(waiting)
 
 
-def soon(condition, seconds: float = 300) -> None:
+def soon(condition, seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s"
@@ -76,7 +76,7 @@ def soon(condition, seconds: float = 300) -> None:
 
 def end(folder: Path, job: str, state: str = "COMPLETED") -> str:
     """Waits for the end of a job, which must be in `state`; all that it and its ranks have said."""
-    soon(lambda: over(job), 600)
+    soon(lambda: over(job), 1200)
     logs = [folder / f"tidar-{job}.out", *sorted(folder.glob(f"*/logs/{job}/rank_*.log"))]
     said = "".join(f"--- {path.name}\n{path.read_text()}" for path in logs if path.exists())
     assert slurm.show(job)["JobState"] == state, said
@@ -194,15 +194,15 @@ def test_a_cancelled_job_saves_and_stays_cancelled(work):
 
 BAD = {
     "an unknown key": ("train.stepz=3", "did you mean train.steps"),
-    "a layout that does not fit the job": ("parallel.data=8", "parallel.data = 8"),
-    "no corpus": ("data.path=nowhere", "data.path"),
+    "a layout that does not fit the job": ("parallel.data=2", "parallel.data = 2: 4 processes"),
+    "no corpus": ("data.path=nowhere", "nowhere"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_setting_ends_the_job_and_is_not_requeued(work, name):
     setting, message = BAD[name]
-    job = sbatch(work, f"run_dir=bad_{len(setting)}", setting)
+    job = sbatch(work, f"run_dir=bad_{setting.split('.')[0]}_{len(setting)}", setting)
     said = end(work, job, "FAILED")
     assert message in said and "Traceback" not in said
     assert slurm.show(job)["ExitCode"] == "2:0" and restarted(job) == 0

@@ -202,7 +202,7 @@ def _pretrain_worker(config: Config) -> int:
     from tidar_mega.train.loop import train
 
     ending.join(config, int(os.environ.get("LOCAL_RANK", "0")))
-    with ending.opened(config) as roll_call:
+    with ending.opened(config, lambda code: launch.note_exit(config, code)) as roll_call:
         mesh, rank = build_mesh(config), dist.get_rank()
         if config.launch.preflight:
             roll_call.at(0, "preflight")

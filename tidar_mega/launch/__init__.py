@@ -3,7 +3,17 @@ handed to Slurm (`jobs.py`) and go back into its queue until the run is finished
 
 from tidar_mega.launch.jobs import submit, sweep
 from tidar_mega.launch.local import local_processes, run_local
-from tidar_mega.launch.restarts import conclude, finished, note_bad_nodes
+from tidar_mega.launch.restarts import conclude, finished, note_bad_nodes, note_exit
 from tidar_mega.launch.slurm import take_place
 
-__all__ = ["conclude", "finished", "local_processes", "note_bad_nodes", "run_local", "submit", "sweep", "take_place"]
+__all__ = [
+    "conclude",
+    "finished",
+    "local_processes",
+    "note_bad_nodes",
+    "note_exit",
+    "run_local",
+    "submit",
+    "sweep",
+    "take_place",
+]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 from pathlib import Path
 
 from tidar_mega.config import Config, UserError
@@ -35,14 +36,30 @@ def conclude(config: Config, step: int) -> int:
         return 0
     if slurm.own_job() is None:
         return 0  # whoever has stopped it will start it again
-    return _requeue(config)
+    code = _requeue(config)
+    note_exit(config, code)
+    return code
+
+
+def note_exit(config: Config, code: int) -> None:
+    """Called by a rank that ends by an error: its code is the one to go by, whatever `srun` makes of it."""
+    if slurm.own_job() is not None and code in (UserError.exit_code, GAVE_UP):
+        _write(_exit_note(config), {"code": code})
+
+
+def _exit_note(config: Config) -> Path:
+    return Path(config.run_dir) / "logs" / str(slurm.own_job()) / f"exit_{slurm.restart_count()}.json"
 
 
 def after_crash(config: Config, code: int) -> int:
-    """In the batch shell once `srun` has ended with `code`: requeues a job that may run again; the exit code."""
+    """In the batch shell once `srun` has ended with `code`: requeues a job that may run again; the exit code.
+
+    The code of `srun` is the highest one, which is that of the ranks it has killed because one had failed (143 or 137).
+    """
     logs = Path(config.run_dir) / "logs" / str(slurm.own_job())
     if code:
         say(f"srun ended with code {code}; {first_failure(logs)}")
+        code = _read(_exit_note(config)).get("code", code)
     if code in (0, GAVE_UP):
         return code
     if code == UserError.exit_code:
@@ -141,6 +158,6 @@ def _read(path: Path) -> dict:
 def _write(path: Path, content: dict) -> None:
     """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary = path.with_suffix(f".{socket.gethostname()}.{os.getpid()}")
     temporary.write_text(json.dumps(content) + "\n")
     temporary.replace(path)

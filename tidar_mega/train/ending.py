@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import NoReturn
 
@@ -49,8 +49,11 @@ def _record_collectives(config: Config) -> None:
 
 
 @contextlib.contextmanager
-def opened(config: Config) -> Iterator[RollCall]:
-    """After `join`. An exception inside is reported, and ends this process and, within seconds, all others."""
+def opened(config: Config, note_exit: Callable[[int], None] = lambda code: None) -> Iterator[RollCall]:
+    """After `join`. An exception inside is reported, and ends this process and, within seconds, all others.
+
+    `note_exit` is called with the exit code, of which a launcher may see only that of another rank that it has killed.
+    """
     seconds = 60 * config.parallel.timeout_minutes
     # NCCL ends the process from a thread of its own, so who is missing must be said before
     warn_seconds = 0.9 * seconds if dist.get_backend() == "nccl" else float("inf")
@@ -60,7 +63,7 @@ def opened(config: Config) -> Iterator[RollCall]:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # torch's CheckpointException is no Exception
-        _end(roll_call, error, config.parallel.timeout_minutes)
+        _end(roll_call, error, config.parallel.timeout_minutes, note_exit)
     anywhere(False)  # all are done
     roll_call.stop()
     anywhere(False)  # no rank talks to the store any more, which may live in one of them
@@ -74,7 +77,7 @@ def _store_of_the_launcher() -> dist.Store:
     return dist.PrefixStore(f"roll call {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
-def _end(roll_call: RollCall, error: BaseException, timeout_minutes: float) -> NoReturn:
+def _end(roll_call: RollCall, error: BaseException, timeout_minutes: float, note_exit: Callable) -> NoReturn:
     """Tells of `error` and ends this process, not through Python's exit: that waits for the writers of checkpoints and
     for process groups with lost ranks."""
     roll_call.ending = True
@@ -82,6 +85,7 @@ def _end(roll_call: RollCall, error: BaseException, timeout_minutes: float) -> N
     try:
         sys.stdout.flush()
         code = _tell(roll_call, error, timeout_minutes)
+        note_exit(code)
         if roll_call.rank == 0 and roll_call.world_size > 1:
             time.sleep(2 * PERIOD_SECONDS)  # the store may end with this process: the others must have read the note
     except Exception:
