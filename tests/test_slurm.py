@@ -105,7 +105,7 @@ def test_a_job_trains_to_the_end_with_the_losses_of_a_local_run(work, uninterrup
     job = sbatch(work, "run_dir=plain")
     said = end(work, job)
     assert losses(work, "plain") == uninterrupted
-    assert "done: 30 steps" in said and "4 process(es)" in said
+    assert "done: 30 steps" in said and "preflight: 4 ranks on 2 node(s)" in said
     assert sorted(p.name for p in (work / "plain" / "logs" / job).iterdir()) == [f"rank_{r}.log" for r in range(4)]
     assert restarted(job) == 0
 
@@ -173,6 +173,23 @@ def test_a_job_that_makes_no_progress_is_not_started_for_ever(work):
     assert restarted(job) == 1
     assert "2 starts in a row have made no new checkpoint in loop, above launch.max_idle_restarts = 1" in said
     assert slurm.show(job)["ExitCode"] == f"{restarts.GAVE_UP}:0"
+
+
+def test_a_node_that_fails_the_preflight_is_named_and_excluded_from_the_requeue(work):
+    """Files of the second node may not grow to the size of the writing test."""
+    (work / "limited").mkdir()
+    limit = "import os, resource\nif os.environ.get('SLURMD_NODENAME') == '127.0.0.12':\n"
+    limit += "    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, 1 << 19))\n"
+    (work / "limited" / "usercustomize.py").write_text(limit)
+    env = (work / "slurm" / "env.sh").read_text() + "export PYTHONPATH=$PYTHONPATH:$PWD/limited\n"
+    (work / "slurm" / "limited.sh").write_text(env)
+    job = sbatch(work, "run_dir=badnode", options=(*FOUR_TASKS, "--export=ALL,TIDAR_ENV=slurm/limited.sh"))
+    soon(lambda: slurm.show(job).get("ExcNodeList") == "127.0.0.12")
+    assert restarted(job) == 1
+    subprocess.run(["scancel", job], check=True)  # there is no third node that it could take
+    said = (work / "badnode" / "logs" / job / "rank_0.log").read_text()
+    assert "127.0.0.12: badnode cannot be written (File too large)" in said
+    assert not (work / "badnode" / "metrics.jsonl").exists(), "no step was made"
 
 
 def test_restarts_are_bounded(work):
