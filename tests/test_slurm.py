@@ -166,7 +166,7 @@ def test_a_job_that_makes_no_progress_is_not_started_for_ever(work):
     )
     (work / "broken").mkdir()
     failing = "import os\nif os.environ.get('SLURM_PROCID') == '1' and 'SLURM_STEP_ID' in os.environ: os.abort()\n"
-    (work / "broken" / "usercustomize.py").write_text(failing)
+    (work / "broken" / "sitecustomize.py").write_text(failing)
     options = (*FOUR_TASKS, "--export=ALL,TIDAR_ENV=slurm/broken.sh")
     job = sbatch(work, "run_dir=loop", "launch.max_idle_restarts=1", options=options)
     said = end(work, job, "FAILED")
@@ -180,7 +180,7 @@ def test_a_node_that_fails_the_preflight_is_named_and_excluded_from_the_requeue(
     (work / "limited").mkdir()
     limit = "import os, resource\nif os.environ.get('SLURMD_NODENAME') == '127.0.0.12':\n"
     limit += "    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, 1 << 19))\n"
-    (work / "limited" / "usercustomize.py").write_text(limit)
+    (work / "limited" / "sitecustomize.py").write_text(limit)
     env = (work / "slurm" / "env.sh").read_text() + "export PYTHONPATH=$PYTHONPATH:$PWD/limited\n"
     (work / "slurm" / "limited.sh").write_text(env)
     job = sbatch(work, "run_dir=badnode", options=(*FOUR_TASKS, "--export=ALL,TIDAR_ENV=slurm/limited.sh"))
