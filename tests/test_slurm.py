@@ -277,10 +277,10 @@ def test_launch_follows_a_job_that_runs_a_copy_of_the_code(work, monkeypatch):
 
 
 IMPOSSIBLE = {
-    "a partition": (("--partition", "fast"), "--partition fast: this cluster has main"),
-    "nodes": (("--nodes", "3"), "--nodes 3: partition main has 2"),
+    "a partition": (("--gpus", "2", "--partition", "fast"), "--partition fast: this cluster has main"),
+    "nodes": (("--nodes", "4", "--gpus", "1"), "--nodes 4: partition main has 2"),
     "GPUs": (("--gpus", "4"), "--gpus 4: of the 2 nodes of partition main, 0 have so many; the most is 2"),
-    "a layout": (("--gpus", "2", "parallel.tensor=4", "parallel.data=null"), "must divide the 2 processes"),
+    "a layout": (("--gpus", "3", "parallel.tensor=2"), "must divide the 3 processes (1 nodes x 3)"),
     "a setting": (("train.stepz=1",), "did you mean train.steps"),
 }
 

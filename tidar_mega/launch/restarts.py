@@ -76,7 +76,7 @@ def first_failure(logs: Path) -> str:
     own = [p for p, text in last.items() if re.search(r"^(\[rank \d+\] )?(error:|failed at)", text, re.M)]
     own = [p for p in own if p.stem == f"rank_{blamed[-1]}"] + own if blamed else own
     if not own:
-        return f"no rank has said why in {logs}: it was killed, see what srun says above (`task N: Killed`)"
+        return f"no rank has said why in {logs}: it was killed, see above what srun says (such as `task 1: Killed`)"
     where = [line for line in last[own[0]].splitlines() if re.match(r"(\[rank \d+\] )?(error:|failed at)", line)]
     return f"the first failure is in {own[0]}: {where[-1]}"
 
