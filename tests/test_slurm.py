@@ -187,8 +187,9 @@ def test_a_node_that_fails_the_preflight_is_named_and_excluded_from_the_requeue(
     soon(lambda: slurm.show(job).get("ExcNodeList") == "127.0.0.12")
     assert restarted(job) == 1
     subprocess.run(["scancel", job], check=True)  # there is no third node that it could take
-    said = (work / "badnode" / "logs" / job / "rank_0.log").read_text()
-    assert "127.0.0.12: badnode cannot be written (File too large)" in said
+    said = (work / f"tidar-{job}.out").read_text()
+    assert "127.0.0.12: badnode cannot be written (File too large)" in said, "named where a user looks first"
+    assert "is requeued, restart 1, without 127.0.0.12" in said
     assert not (work / "badnode" / "metrics.jsonl").exists(), "no step was made"
 
 

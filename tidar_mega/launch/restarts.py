@@ -88,7 +88,10 @@ def _requeue(config: Config) -> int:
         refusal = _refusal(config, job)
         if refusal is None:
             bad = _bad_nodes(config, job)
-            say(f"job {job} is requeued, restart {slurm.restart_count() + 1}" + (f", without {bad}" if bad else ""))
+            say(
+                f"job {job} is requeued, restart {slurm.restart_count() + 1}"
+                + (f", without {', '.join(bad)}" if bad else "")
+            )
             slurm.requeue(job, bad)
     except UserError as error:
         refusal = str(error)
