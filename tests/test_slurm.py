@@ -251,7 +251,7 @@ def test_submit_from_python_gives_the_same_run_also_through_a_signal(work, unint
     job.watcher._delay_s = 2
     reached(work, "submitted", 7)
     subprocess.run(["scancel", "--signal=USR2", job.job_id], check=True)
-    assert job.result() == {"finished": True, "step": 30, "run_dir": "submitted"}
+    assert job.results() == 4 * [{"finished": True, "step": 30, "run_dir": "submitted"}]
     assert restarted(job.job_id) == 1
     assert losses(work, "submitted") == uninterrupted
 

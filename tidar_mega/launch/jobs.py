@@ -34,7 +34,8 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 def submit(
     config: str | Path, overrides: Sequence[str] = (), executor: str = "slurm", **resources: int | str | None
 ) -> submitit.Job:
-    """Trains in a job of submitit, whose `result()` says how far it came: {"finished": .., "step": .., "run_dir": ..}.
+    """Trains in a job of submitit, whose `results()` say for each task how far the run came:
+    {"finished": .., "step": .., "run_dir": ..}; with one task, also `result()`.
 
     `executor` is slurm, local (a process beside this one) or debug (in this one); `resources` are those of `Resources`.
     Raises UserError before anything is submitted.
@@ -159,7 +160,8 @@ def snapshot(settings: Config) -> Path:
     git = ["git", "-C", str(_ROOT)]
     listed = subprocess.run([*git, "ls-files", "-co", "--exclude-standard"], capture_output=True, text=True)
     names = listed.stdout.splitlines() if listed.returncode == 0 else []
-    names = names or [str(p.relative_to(_ROOT)) for p in (_ROOT / "tidar_mega").rglob("*.py")]
+    own = [*(_ROOT / "tidar_mega").rglob("*.py"), *(_ROOT / "slurm").glob("*.sh")]
+    names = names or [str(path.relative_to(_ROOT)) for path in own]
     for name in names:
         if (_ROOT / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
