@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test test-layouts test-gpu lint clean
+.PHONY: quickstart test test-layouts test-gpu test-slurm lint clean
 
 quickstart: $(READY)
 	$(BIN)/python tools/quickstart.py
@@ -17,6 +17,9 @@ test-layouts: $(READY)  # the table of every parallel layout against one process
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest tests -m gpu
+
+test-slurm: $(READY)  # installs Slurm (apt) where it is not there, starts two nodes on loopback, tests, stops them
+	OMP_NUM_THREADS=1 tests/slurm/cluster.sh run $(BIN)/python -m pytest tests -m slurm --durations=0
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -16,6 +16,7 @@ import pytest
 from torch.distributed import FileStore
 
 from tests.test_main_job import CONFIG, command, environment, make_corpus
+from tidar_mega.config import LostError
 from tidar_mega.train import roll_call
 from tidar_mega.train.roll_call import Note, RollCall, Survey
 
@@ -104,7 +105,7 @@ def test_a_failure_of_rank_0_reaches_the_others_although_it_holds_the_store(work
     told, _, code = fail(work, "rank_0", 0, no_more_files, "log.tensorboard=false")
     assert re.search(r"^(\[rank 0\] failed at|error: run_dir)", told.splitlines()[0]), told
     assert "[rank 1] ended because rank 0 had failed" in told
-    assert code in (1, 2)
+    assert code in (1, LostError.exit_code)
 
 
 def stop(rank: psutil.Process) -> None:
@@ -119,7 +120,7 @@ def test_a_rank_that_hangs_is_named_with_the_operation_when_the_time_is_over(wor
     assert re.search(r"\w+ \(\w+/\w+\.py:\d+\) did not come to its end within 0.25 minutes \(parallel.timeout", first)
     assert f"rank {victim} did not take part" in first and "at step " in first
     assert "Traceback" not in told
-    assert code == 2 and 15 <= seconds < 60
+    assert code == LostError.exit_code and 15 <= seconds < 60
 
 
 def test_torchrun_ends_all_and_shows_the_rank_that_failed_first(work):

@@ -239,6 +239,7 @@ def test_a_stop_signal_during_the_imports_is_not_lost(work):
 
 def test_a_run_killed_before_its_last_validation_makes_it(work):
     shutil.copytree(work / "whole", work / "unvalidated")
+    (work / "unvalidated" / "finished.json").unlink()
     path = work / "unvalidated" / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     assert json.loads(lines[-1])["kind"] == "validation"

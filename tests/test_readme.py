@@ -43,7 +43,7 @@ def test_every_named_place_exists():
 
 def test_every_named_setting_exists():
     tree = config.to_tree(config.load(None))
-    for section, key in re.findall(r"`(model|data|train|parallel|precision|decode|checkpoint)\.(\w+)`", README):
+    for section, key in re.findall(r"`(model|data|train|parallel|precision|decode|checkpoint|launch)\.(\w+)`", README):
         assert key in tree[section], f"{section}.{key}"
 
 

@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         rank = f"[rank {os.environ['RANK']}] " if os.environ.get("RANK", "0") != "0" else ""
         print(f"{rank}error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         return 130
 
@@ -170,7 +170,12 @@ def _pretrain(args) -> int:
     if args.print_config:
         print(config_module.to_yaml(config), end="")
         return 0
-    if launch.is_worker():
+    placed = launch.take_place()
+    if (steps := launch.finished(config)) is not None:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"already done: {steps} steps; raise train.steps to go on", flush=True)
+        return 0
+    if placed:
         return _pretrain_worker(config)
     import torch
 
@@ -186,20 +191,43 @@ def _pretrain(args) -> int:
 
 
 def _pretrain_worker(config: Config) -> int:
+    from tidar_mega import launch
     from tidar_mega.train.health import StopRequest
 
     stop = StopRequest()
     import torch.distributed as dist
 
     from tidar_mega.parallel.mesh import build_mesh
-    from tidar_mega.train import ending
+    from tidar_mega.train import ending, preflight
     from tidar_mega.train.loop import train
 
     ending.join(config, int(os.environ.get("LOCAL_RANK", "0")))
-    with ending.opened(config) as roll_call:
-        train(config, build_mesh(config), stop, roll_call)
+    with ending.opened(config, lambda code: launch.note_exit(config, code)) as roll_call:
+        mesh, rank = build_mesh(config), dist.get_rank()
+        if config.launch.preflight:
+            roll_call.at(0, "preflight")
+            found = preflight.check(config, lambda nodes: launch.note_bad_nodes(config, nodes))
+            if rank == 0:
+                print(found, flush=True)
+        progress = train(config, mesh, stop, roll_call)
     dist.destroy_process_group()
-    return 0
+    return launch.conclude(config, progress.step) if rank == 0 else 0
+
+
+# launch
+
+
+def _add_launch(parser, _) -> None:
+    from tidar_mega.launch import command
+
+    parser.set_defaults(verb=_launch)
+    command.add_arguments(parser)
+
+
+def _launch(args) -> int:
+    from tidar_mega.launch import command
+
+    return command.run(args)
 
 
 # generate
@@ -241,7 +269,7 @@ def _in_ranks(args) -> int | None:
     from tidar_mega import launch
     from tidar_mega.decode import load
 
-    if launch.is_worker():
+    if launch.take_place():
         if os.environ["RANK"] != "0":
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
             args.json = None
@@ -335,6 +363,7 @@ _VERBS = {
     "prepare": (_add_prepare, "Make a tokenizer and webdataset shards from text."),
     "plan": (_add_plan, "Say what a run would take: memory, FLOPs, communication, time; find the layouts that fit."),
     "pretrain": (_add_pretrain, "Train, or go on from the newest checkpoint of the run folder."),
+    "launch": (_add_launch, "Train in a Slurm job that goes back into the queue until the run is finished."),
     "generate": (_add_generate, "Continue a prompt, streamed as tokens are committed."),
     "convert": (
         _add_convert,

@@ -19,6 +19,14 @@ from omegaconf.errors import OmegaConfBaseException
 class UserError(ValueError):
     """Bad input: the message names what was found, what is allowed and what to do. The CLI shows it without a trace."""
 
+    exit_code = 2  # the same command would fail again
+
+
+class LostError(UserError):
+    """A process, a node or a connection was lost: nothing is wrong with the input, and the same command resumes."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h; a launcher may start the run again
+
 
 class ConfigError(UserError):
     """A setting that cannot work; the message names the key, the value, the limit and the way out."""
@@ -146,6 +154,15 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class LaunchConfig:
+    """What surrounds the training on a cluster."""
+
+    preflight: bool = True  # before the first step, look at every node: GPUs, exchange, clocks, disk, versions, config
+    max_restarts: int = 100  # a Slurm job is requeued at most this often
+    max_idle_restarts: int = 3  # and at most this often in a row without a new checkpoint
+
+
+@dataclass(frozen=True)
 class DecodeConfig:
     """How `tidar generate`, `tidar bench decode` and evaluations decode; none of it is fixed by the training run."""
 
@@ -185,6 +202,7 @@ class Config:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
 
 
@@ -280,6 +298,8 @@ def check(config: Config) -> None:
         "train.position_weight": t.position_weight,
         "train.focal_weight": t.focal_weight,
         "train.chain_weight": t.chain_weight,
+        "launch.max_restarts": config.launch.max_restarts,
+        "launch.max_idle_restarts": config.launch.max_idle_restarts,
         "optimizer.min_lr": o.min_lr,
         "optimizer.warmup_steps": o.warmup_steps,
         "optimizer.weight_decay": o.weight_decay,

@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import NoReturn
 
@@ -16,20 +16,20 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from tidar_mega import device
-from tidar_mega.config import Config, UserError
+from tidar_mega.config import Config, LostError, UserError
 from tidar_mega.parallel.failures import of_communication
 from tidar_mega.train.health import anywhere
 from tidar_mega.train.roll_call import GRACE_SECONDS, PERIOD_SECONDS, Note, RollCall, Survey, say
 
 
 def join(config: Config, local_rank: int) -> None:
-    """Joins the process group that the launcher described. Raises UserError if not all processes come."""
+    """Joins the process group that the launcher described. Raises LostError if not all processes come."""
     _record_collectives(config)
     try:
         device.start_process_group(config, local_rank)
     except dist.DistError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise UserError(
+        raise LostError(
             f"WORLD_SIZE = {os.environ.get('WORLD_SIZE')}: not all processes met at {where} within "
             f"{config.parallel.timeout_minutes:g} minutes, parallel.timeout_minutes ({_first_line(error)}); "
             "look at the logs of the others, and whether they can reach that address"
@@ -49,8 +49,11 @@ def _record_collectives(config: Config) -> None:
 
 
 @contextlib.contextmanager
-def opened(config: Config) -> Iterator[RollCall]:
-    """After `join`. An exception inside is reported, and ends this process and, within seconds, all others."""
+def opened(config: Config, note_exit: Callable[[int], None] = lambda code: None) -> Iterator[RollCall]:
+    """After `join`. An exception inside is reported, and ends this process and, within seconds, all others.
+
+    `note_exit` is called with the exit code, of which a launcher may see only that of another rank that it has killed.
+    """
     seconds = 60 * config.parallel.timeout_minutes
     # NCCL ends the process from a thread of its own, so who is missing must be said before
     warn_seconds = 0.9 * seconds if dist.get_backend() == "nccl" else float("inf")
@@ -60,7 +63,7 @@ def opened(config: Config) -> Iterator[RollCall]:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # torch's CheckpointException is no Exception
-        _end(roll_call, error, config.parallel.timeout_minutes)
+        _end(roll_call, error, config.parallel.timeout_minutes, note_exit)
     anywhere(False)  # all are done
     roll_call.stop()
     anywhere(False)  # no rank talks to the store any more, which may live in one of them
@@ -74,7 +77,7 @@ def _store_of_the_launcher() -> dist.Store:
     return dist.PrefixStore(f"roll call {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
-def _end(roll_call: RollCall, error: BaseException, timeout_minutes: float) -> NoReturn:
+def _end(roll_call: RollCall, error: BaseException, timeout_minutes: float, note_exit: Callable) -> NoReturn:
     """Tells of `error` and ends this process, not through Python's exit: that waits for the writers of checkpoints and
     for process groups with lost ranks."""
     roll_call.ending = True
@@ -82,6 +85,7 @@ def _end(roll_call: RollCall, error: BaseException, timeout_minutes: float) -> N
     try:
         sys.stdout.flush()
         code = _tell(roll_call, error, timeout_minutes)
+        note_exit(code)
         if roll_call.rank == 0 and roll_call.world_size > 1:
             time.sleep(2 * PERIOD_SECONDS)  # the store may end with this process: the others must have read the note
     except Exception:
@@ -102,7 +106,7 @@ def _tell(roll_call: RollCall, error: BaseException, timeout_minutes: float) -> 
         else:
             answers = answer is not None
             text = _missing(roll_call, error, timeout_minutes, answer)
-            shown, code = f"[rank {rank}] error: {text}", 2
+            shown, code = f"[rank {rank}] error: {text}", LostError.exit_code
     if note is None:
         note = roll_call.leave(code, text) if answers else Note(rank, code, text)
     if note.rank == rank:
@@ -121,7 +125,7 @@ def _own_failure(roll_call: RollCall, error: BaseException) -> tuple[str, str, i
     """(one line for other ranks, what to print, exit code)"""
     if isinstance(error, UserError):
         prefix = f"[rank {roll_call.rank}] " if roll_call.rank else ""
-        return str(error), f"{prefix}error: {error}", 2
+        return str(error), f"{prefix}error: {error}", error.exit_code
     trace = "".join(traceback.format_exception(error))
     text = f"{type(error).__name__}: {_first_line(error)}"
     return text, f"[rank {roll_call.rank}] failed at {roll_call.place}:\n{trace}", 1

@@ -1,4 +1,4 @@
-"""A run = local processes. Without a launcher, `tidar pretrain` starts its own processes on this machine."""
+"""Without a launcher, `tidar pretrain` starts its own processes on this machine."""
 
 from __future__ import annotations
 
@@ -18,16 +18,6 @@ _HINTS = {
     signal.SIGKILL: " (most often for lack of memory)",
     signal.SIGABRT: " (NCCL does that when a collective times out; what it said is above)",
 }
-
-
-def is_worker() -> bool:
-    """True in a process that a launcher (torchrun or `run_local`) has already given a rank. Raises ConfigError."""
-    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
-        raise ConfigError(
-            f"RANK is not set in task {os.environ['SLURM_PROCID']} of {os.environ['SLURM_NTASKS']}: every task would "
-            "start the whole run; set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, or use torchrun"
-        )
-    return "RANK" in os.environ
 
 
 def local_processes(config: Config, gpus: int) -> int:

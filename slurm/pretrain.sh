@@ -1,0 +1,63 @@
+#!/bin/bash
+# Pretrain on a Slurm cluster, from the root of the repository:
+#
+#     sbatch slurm/pretrain.sh configs/tidar_8b.yaml run_dir=/shared/runs/8b
+#     sbatch --nodes=8 --time=12:00:00 slurm/pretrain.sh configs/tidar_8b.yaml train.steps=100000
+#     sbatch --nodes=2 --ntasks-per-node=4 --gpus-per-node=0 slurm/pretrain.sh CONFIG     # CPU only: one process per task
+#     sbatch --array=1-5%1 slurm/pretrain.sh CONFIG         # a chain: what comes after the end says "already done"
+#
+# Any line below can be changed on the command line of sbatch. Nodes, GPUs and the first node's address are Slurm's own.
+#
+#SBATCH --job-name=tidar
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=8
+#SBATCH --time=24:00:00
+# 5 minutes before the time limit every rank gets USR2 (not the batch shell: that would need `B:` and a trap); they save
+# together at the next step boundary, and rank 0 requeues the job. Allow for the time of a step and of a save.
+#SBATCH --signal=USR2@300
+#SBATCH --requeue
+# One log over all restarts; what the ranks say is in RUN_DIR/logs/JOB/rank_*.log.
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+
+set -uo pipefail
+
+# Modules, virtual environment, NCCL's variables: everything of a cluster that is not of the run.
+environment=${TIDAR_ENV:-slurm/env.sh}
+if [[ -f $environment ]]; then
+    source "$environment"
+fi
+if [[ -n ${TIDAR_CODE:-} ]]; then # the copy of the code that `tidar launch` has made
+    export PYTHONPATH=$TIDAR_CODE${PYTHONPATH:+:$PYTHONPATH}
+fi
+python=${TIDAR_PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)}
+unset RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT # of the shell that called sbatch; srun's tasks have their own
+
+# A container through pyxis, if one is named; it needs Slurm's commands inside, for the requeue.
+container=()
+if [[ -n ${CONTAINER_IMAGE:-} ]]; then
+    container=(--container-image="$CONTAINER_IMAGE" --container-mounts="${CONTAINER_MOUNTS:-$PWD}" --container-workdir="$PWD")
+fi
+first_node=()
+if ((${#container[@]})); then
+    first_node=(srun --overlap --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" "${container[@]}")
+fi
+
+# One process per GPU; without GPUs, one per task.
+tasks=()
+if ((${SLURM_GPUS_ON_NODE:-0} > 0)); then
+    tasks=(--ntasks=$((SLURM_JOB_NUM_NODES * SLURM_GPUS_ON_NODE)) --ntasks-per-node="$SLURM_GPUS_ON_NODE")
+fi
+if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
+    tasks+=(--cpus-per-task="$SLURM_CPUS_PER_TASK") # srun does not inherit it
+fi
+
+# Bad settings end here, before any rank has started.
+logs=$("${first_node[@]}" "$python" -P -m tidar_mega.launch logs "$@") || exit
+echo "$(date '+%F %T') job $SLURM_JOB_ID start ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST, logs in $logs"
+
+srun "${tasks[@]}" "${container[@]}" --kill-on-bad-exit=1 --wait=60 --open-mode=append --output="$logs/rank_%t.log" \
+    "$python" -P -u -m tidar_mega.cli pretrain "$@"
+
+# Says which rank failed first; requeues after a crash, never after a bad setting.
+"${first_node[@]}" "$python" -P -m tidar_mega.launch after $? "$@"

@@ -1,0 +1,173 @@
+#!/bin/bash
+# A real Slurm on this one host, for tests: a controller and two nodes, all on loopback, as root or as a plain user.
+#
+#     tests/slurm/cluster.sh run COMMAND...     start, run the command with SLURM_CONF set, stop however it ends
+#     tests/slurm/cluster.sh start              prints the line to `eval` for its clients
+#     tests/slurm/cluster.sh stop
+#
+# Installs slurmctld, slurmd, slurm-client and munge by apt where they are not there (that needs root). The state is in
+# $TIDAR_SLURM_FOLDER; nothing outside it is written, and only processes that were started here are ended.
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+folder=${TIDAR_SLURM_FOLDER:-${TMPDIR:-/tmp}/tidar-slurm-$(id -u)}
+nodes=2 cpus=8 gpus=2 port=26817
+export SLURM_CONF=$folder/slurm.conf
+
+install() {
+    local missing=() command package
+    for pair in slurmctld:slurmctld slurmd:slurmd sbatch:slurm-client munged:munge; do
+        IFS=: read -r command package <<<"$pair"
+        command -v "$command" >/dev/null || missing+=("$package")
+    done
+    ((${#missing[@]})) || return 0
+    echo "installing ${missing[*]}" >&2
+    local policy=/usr/sbin/policy-rc.d made=
+    if [[ ! -e $policy ]]; then # the packages would start daemons of their own
+        printf '#!/bin/sh\nexit 101\n' >$policy && chmod +x $policy && made=1
+    fi
+    local get=(env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}")
+    "${get[@]}" >/dev/null 2>&1 || { apt-get update -qq && "${get[@]}" >/dev/null; }
+    [[ -z $made ]] || rm -f $policy
+}
+
+configure() {
+    rm -rf "$folder"
+    mkdir -p "$folder"/{state,spool,log,pid,dev}
+    chmod 755 "$folder" "$folder"/*
+    (umask 077 && head -c 1024 /dev/urandom >"$folder/munge.key")
+    local n
+    for ((n = 0; n < gpus; n++)); do
+        ln -s /dev/null "$folder/dev/nvidia$n" # any character device counts as a GPU
+    done
+    # The nodes are named by loopback addresses, so that every name resolves. cred_expire is also the delay before a
+    # requeued job starts again; FirstJobId differs at each start, as folders are named after jobs.
+    cat >"$SLURM_CONF" <<CONF
+ClusterName=tidar
+FirstJobId=$((($(date +%s) % 60000) * 100 + 1))
+SlurmctldHost=$(hostname -s)(127.0.0.1)
+SlurmctldPort=$port
+SlurmUser=$(id -un)
+SlurmdUser=$(id -un)
+AuthType=auth/munge
+CredType=cred/munge
+AuthInfo=socket=$folder/munge.socket,cred_expire=5
+CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
+SrunPortRange=$((port + 1000))-$((port + 1999))
+StateSaveLocation=$folder/state
+SlurmdSpoolDir=$folder/spool/%n
+SlurmctldPidFile=$folder/pid/slurmctld.own
+SlurmdPidFile=$folder/pid/slurmd.%n.own
+SlurmctldLogFile=$folder/log/slurmctld.log
+SlurmdLogFile=$folder/log/slurmd.%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU_Memory
+GresTypes=gpu
+SlurmdParameters=config_overrides
+ReturnToService=2
+JobRequeue=1
+KillWait=5
+SlurmdTimeout=10
+SlurmctldTimeout=10
+MinJobAge=600
+SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2,sched_min_interval=100000
+PropagateResourceLimits=NONE
+AccountingStorageType=accounting_storage/none
+JobAcctGatherType=jobacct_gather/none
+$(for ((n = 1; n <= nodes; n++)); do
+        echo "NodeName=127.0.0.1$n NodeHostname=127.0.0.1$n NodeAddr=127.0.0.1 Port=$((port + 10 + n)) CPUs=$cpus Boards=1" \
+            "SocketsPerBoard=1 CoresPerSocket=$cpus ThreadsPerCore=1 RealMemory=16000 Gres=gpu:$gpus"
+    done)
+PartitionName=main Nodes=ALL Default=YES DefaultTime=30 MaxTime=INFINITE DefMemPerCPU=1
+CONF
+    echo "NodeName=127.0.0.[11-1$nodes] Name=gpu File=$folder/dev/nvidia[0-$((gpus - 1))]" >"$folder/gres.conf"
+    printf 'CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n' >"$folder/cgroup.conf" # is read, and not used
+}
+
+# background NAME COMMAND...: a daemon whose pid and words are kept
+background() {
+    local name=$1
+    shift
+    "$@" </dev/null >"$folder/log/$name.out" 2>&1 &
+    echo $! >"$folder/pid/$name"
+}
+
+# soon COMMAND...: waits up to 30 s until it succeeds
+soon() {
+    local try
+    for ((try = 0; try < 300; try++)); do
+        "$@" >/dev/null 2>&1 && return
+        sleep 0.1
+    done
+    echo "not ready: $*" >&2
+    tail -n 5 "$folder"/log/* >&2
+    return 1
+}
+
+all_idle() {
+    [[ $(sinfo -h -N -o '%N %t' | grep -c ' idle$') == "$nodes" ]]
+}
+
+start() {
+    stop
+    configure
+    background munged munged --force --foreground --key-file="$folder/munge.key" --socket="$folder/munge.socket" \
+        --pid-file="$folder/pid/munged.own" --log-file="$folder/log/munged.log" --seed-file="$folder/munge.seed"
+    soon munge -S "$folder/munge.socket" -n
+    background slurmctld slurmctld -D -c
+    local n
+    for ((n = 1; n <= nodes; n++)); do
+        mkdir -p "$folder/spool/127.0.0.1$n"
+        background "slurmd.$n" slurmd -D -N "127.0.0.1$n"
+    done
+    soon all_idle || { stop && return 1; }
+}
+
+alive() {
+    grep -qs '^State:[[:space:]]*[^Z]' "/proc/$1/status" # a zombie nobody has waited for is as good as gone
+}
+
+stop() {
+    [[ -d $folder/pid ]] || return 0
+    if [[ -f $folder/pid/slurmctld ]] && alive "$(cat "$folder/pid/slurmctld")"; then
+        squeue -h -o %A | sort -u | xargs -r scancel || true
+        for _ in {1..50}; do
+            [[ -n $(squeue -h) ]] || break
+            sleep 0.2
+        done
+    fi
+    local name pid
+    for name in slurmd.1 slurmd.2 slurmctld munged; do
+        pid=$(cat "$folder/pid/$name" 2>/dev/null) || continue
+        kill "$pid" 2>/dev/null || true
+        for _ in {1..100}; do
+            alive "$pid" || break
+            sleep 0.1
+        done
+        ! alive "$pid" || kill -9 "$pid"
+        rm -f "$folder/pid/$name"
+    done
+}
+
+case ${1:-} in
+start)
+    install
+    start
+    echo "export SLURM_CONF=$SLURM_CONF TIDAR_SLURM=1 PATH=$here/bin:\$PATH"
+    ;;
+stop) stop ;;
+run)
+    shift
+    install
+    trap stop EXIT
+    start
+    TIDAR_SLURM=1 PATH="$here/bin:$PATH" "$@"
+    ;;
+*)
+    sed -n '2,9s/^# \?//p' "$0" >&2
+    exit 2
+    ;;
+esac

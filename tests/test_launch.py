@@ -1,0 +1,124 @@
+"""What is decided without a cluster: places, layouts, bounds of restarts, and the logs that say who failed first."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tidar_mega.config import ConfigError, load
+from tidar_mega.launch import jobs, resources, restarts, slurm
+from tidar_mega.launch.resources import Resources
+
+ROOT = Path(__file__).parent.parent
+TASK = {
+    "SLURM_PROCID": "9",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NUM_TASKS": "16",
+    "SLURM_STEP_TASKS_PER_NODE": "8(x2)",
+    "SLURM_STEP_NODELIST": "gpu[07-08]",
+    "SLURM_JOB_ID": "123456",
+    "SLURM_STEP_ID": "0",
+}
+
+
+def test_a_task_takes_its_place_from_slurm():
+    place = slurm.place({**TASK, "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"})
+    assert place["RANK"] == "9" and place["LOCAL_RANK"] == "1" and place["WORLD_SIZE"] == "16"
+    assert place["LOCAL_WORLD_SIZE"] == "8" and place["MASTER_ADDR"] == "gpu07"
+    assert 10000 <= int(place["MASTER_PORT"]) < 20000
+    assert slurm.place({**TASK, "SLURM_JOB_ID": "123457"})["MASTER_PORT"] != place["MASTER_PORT"]
+    assert slurm.place({**TASK, "CUDA_VISIBLE_DEVICES": "1"})["LOCAL_RANK"] == "0", "Slurm shows it one GPU only"
+    with pytest.raises(ConfigError, match="one process per GPU"):
+        slurm.place({**TASK, "SLURM_LOCALID": "2", "CUDA_VISIBLE_DEVICES": "0,1"})
+
+
+def test_layouts_that_do_not_fit_the_job_are_refused():
+    resources.check(load(None, ["parallel.tensor=2"]), Resources(nodes=2, gpus=2))
+    with pytest.raises(ConfigError, match=r"must divide the 6 processes \(2 nodes x 3\)"):
+        resources.check(load(None, ["parallel.tensor=4"]), Resources(nodes=2, gpus=3))
+    with pytest.raises(ConfigError, match=r"parallel.data = 2: 4 processes .* set it to 4"):
+        resources.check(load(None, ["parallel.data=2"]), Resources(nodes=2, gpus=2))
+    with pytest.raises(ConfigError, match="train.global_batch_size"):
+        resources.check(load(None), Resources(nodes=8, gpus=8))
+    with pytest.raises(ConfigError, match="--time 5"):
+        resources.check(load(None), Resources(time="5"))
+
+
+@pytest.mark.parametrize(
+    "time, minutes", [("90", 90), ("12:00:00", 720), ("1:30", 2), ("2-12", 3600), ("1-0:0:30", 1441), ("0:0:59", 1)]
+)
+def test_times_are_those_of_slurm(time, minutes):
+    assert resources.minutes(time) == minutes
+
+
+def test_gpus_of_a_node():
+    lists = {"(null)": 0, "gpu:2": 2, "gpu:a100:8(S:0-1),nvme:1": 8, "nvme:3,gpu:h100:4": 4, "gpu:a:2,gpu:b:2": 4}
+    assert {text: resources.gpus_of(text) for text in lists} == lists
+
+
+def test_a_finished_run_is_known_only_with_its_checkpoint(tmp_path):
+    config = load(None, [f"run_dir={tmp_path}", "train.steps=60"])
+    assert restarts.finished(config) is None
+    assert restarts.conclude(config, 60) == 0
+    assert restarts.finished(config) is None, "no checkpoint is there"
+    (tmp_path / "checkpoints" / "step_00000060").mkdir(parents=True)
+    assert restarts.finished(config) == 60
+    assert restarts.finished(load(None, [f"run_dir={tmp_path}", "train.steps=61"])) is None
+
+
+def test_starts_without_a_new_checkpoint_are_counted(tmp_path):
+    config, checkpoints = load(None, [f"run_dir={tmp_path}"]), tmp_path / "checkpoints"
+    assert [restarts._count_idle(config, "7", n) for n in (0, 1, 1)] == [1, 2, 2], "once for each start"
+    (checkpoints / "step_00000005").mkdir(parents=True)
+    assert [restarts._count_idle(config, "7", n) for n in (2, 3)] == [0, 1]
+    assert restarts._count_idle(config, "8", 0) == 0, "another job, that of a user who has mended something"
+
+
+def test_the_rank_that_failed_first_is_found(tmp_path):
+    assert "it was killed" in restarts.first_failure(tmp_path)
+    (tmp_path / "rank_0.log").write_text("step 1\n[rank 0] ended because rank 3 had failed: OSError\n")
+    (tmp_path / "rank_2.log").write_text("[rank 2] failed at step 1, reading:\nTraceback\nConnection reset\n")
+    (tmp_path / "rank_3.log").write_text("[rank 3] failed at step 1, saving:\nTraceback\nOSError: full\n")
+    assert f"{tmp_path / 'rank_3.log'}: [rank 3] failed at step 1" in restarts.first_failure(tmp_path)
+
+
+def test_the_code_is_copied_as_it_is_now(tmp_path):
+    code = jobs.snapshot(load(None, [f"run_dir={tmp_path}"]))
+    assert (code / "tidar_mega" / "config.py").read_text() == (ROOT / "tidar_mega" / "config.py").read_text()
+    assert (code / "slurm" / "pretrain.sh").stat().st_mode & 0o111
+    shown = [sys.executable, "-P", "-c", "import tidar_mega.config as c; print(c.__file__)"]
+    done = subprocess.run(shown, env={**os.environ, "PYTHONPATH": str(code)}, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == str(code / "tidar_mega" / "config.py"), "and it is the copy that runs"
+
+
+def launch(*words: str, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "tidar_mega.cli", "launch", *words]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+def test_a_dry_run_shows_the_command_and_the_script_and_a_launch_needs_slurm(tmp_path):
+    words = ("configs/quickstart.yaml", "--nodes", "2", "--gpus", "1", "--time", "12:00:00", f"run_dir={tmp_path}/run")
+    shown = launch(*words, "--dry-run", PATH="/nowhere")
+    assert shown.returncode == 0, shown.stderr
+    assert "sbatch --nodes=2 --gpus-per-node=1 --time=12:00:00 --signal=USR2@300" in shown.stdout
+    assert (ROOT / "slurm" / "pretrain.sh").read_text() in shown.stdout
+    refused = launch(*words, PATH="/nowhere")
+    assert refused.returncode == 2 and "sbatch is not on PATH" in refused.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_was_not_launched_has_no_status(tmp_path):
+    (tmp_path / "job.json").write_text(json.dumps({}))
+    for option in ("--status", "--cancel"):
+        refused = launch(option, str(tmp_path))
+        assert refused.returncode == 2 and "has submitted no job" in refused.stderr
+
+
+@pytest.mark.parametrize("name", ["pretrain.sh", "evaluate.sh"])
+def test_the_scripts_are_valid_shell(name):
+    subprocess.run(["bash", "-n", str(ROOT / "slurm" / name)], check=True)

@@ -1,0 +1,295 @@
+"""Whole runs on a real Slurm of two nodes (`make test-slurm`): to the end, signals, limits, crashes, bad use."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.test_main_job import losses, make_corpus, metrics, tidar
+from tidar_mega import launch
+from tidar_mega.launch import restarts, slurm
+
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.skipif("TIDAR_SLURM" not in os.environ, reason="needs a Slurm: make test-slurm starts one"),
+]
+
+ROOT = Path(__file__).parent.parent
+CONFIG = """
+model: {num_layers: 2, hidden_size: 64, ffn_hidden_size: 128, num_attention_heads: 4, num_query_groups: 2}
+data: {path: corpus, seq_length: 64}
+train: {steps: 30, global_batch_size: 8, micro_batch_size: 2, block: 4, eval_interval: 0, eval_sequences: 8}
+optimizer: {lr: 3.0e-3, warmup_steps: 2, schedule: constant}
+parallel: {data: 4}
+precision: {dtype: fp32}
+checkpoint: {interval: 5}
+log: {interval: 1, tensorboard: false}
+"""
+FOUR_TASKS = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=0")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    """A folder with a corpus, a config, and what a cluster's own environment file holds."""
+    folder = tmp_path_factory.mktemp("cluster")
+    make_corpus(folder)
+    (folder / "run.yaml").write_text(CONFIG)
+    (folder / "slurm").mkdir()
+    env = f"export TIDAR_PYTHON={sys.executable} PYTHONPATH={ROOT} OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME=lo\n"
+    (folder / "slurm" / "env.sh").write_text(env)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(work) -> dict:
+    """The losses of a run of the same layout that Slurm knows not."""
+    tidar(work, "pretrain", "run.yaml", "run_dir=local")
+    return losses(work, "local")
+
+
+def sbatch(folder: Path, *settings: str, options: tuple[str, ...] = FOUR_TASKS, config: str = "run.yaml") -> str:
+    """Submits slurm/pretrain.sh as a user would; the job's id."""
+    command = ["sbatch", "--parsable", "--time=60", *options, str(ROOT / "slurm" / "pretrain.sh"), config, *settings]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def over(job: str) -> bool:
+    waiting = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPENDED")
+    return not slurm.show(job)["JobState"].startswith(waiting)
+
+
+def soon(condition, seconds: float = 600) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.1)
+
+
+def end(folder: Path, job: str, state: str = "COMPLETED") -> str:
+    """Waits for the end of a job, which must be in `state`; all that it and its ranks have said."""
+    soon(lambda: over(job), 1200)
+    logs = [folder / f"tidar-{job}.out", *sorted(folder.glob(f"*/logs/{job}/rank_*.log"))]
+    said = "".join(f"--- {path.name}\n{path.read_text()}" for path in logs if path.exists())
+    assert slurm.show(job)["JobState"] == state, said
+    return said
+
+
+def restarted(job: str) -> int:
+    return int(slurm.show(job)["Restarts"])
+
+
+def reached(folder: Path, run: str, step: int) -> None:
+    soon(lambda: step in metrics(folder, run))
+
+
+def rank_process(run: str, rank: int) -> psutil.Process:
+    """The process of one rank, found by its own command line and environment."""
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        ours = f"run_dir={run}" in words and "tidar_mega.cli" in words and "srun" not in words[0]
+        if ours and process.environ().get("SLURM_PROCID") == str(rank):
+            return process
+    raise AssertionError(f"rank {rank} of {run} is not there")
+
+
+def test_a_job_trains_to_the_end_with_the_losses_of_a_local_run(work, uninterrupted):
+    job = sbatch(work, "run_dir=plain")
+    said = end(work, job)
+    assert losses(work, "plain") == uninterrupted
+    assert "done: 30 steps" in said and "preflight: 4 ranks on 2 node(s)" in said
+    assert sorted(p.name for p in (work / "plain" / "logs" / job).iterdir()) == [f"rank_{r}.log" for r in range(4)]
+    assert restarted(job) == 0
+
+    again = end(work, sbatch(work, "run_dir=plain"))  # the next of a chain
+    assert again.count("already done: 30 steps") == 1 and "resumed" not in again
+
+
+def test_one_process_per_gpu_of_every_node(work):
+    said = end(work, sbatch(work, "run_dir=gpus", "train.steps=3", options=("--nodes=2", "--gpus-per-node=2")))
+    assert "4 process(es)" in said and "done: 3 steps" in said
+
+
+@pytest.mark.parametrize("how", ["USR2", "TERM"])
+def test_a_signal_in_mid_run_saves_requeues_and_goes_on_bit_for_bit(work, uninterrupted, how):
+    run = f"signalled_{how}"
+    job = sbatch(work, f"run_dir={run}")
+    reached(work, run, 7)
+    subprocess.run(["scancel", f"--signal={how}", job], check=True)
+    said = end(work, job)
+    assert f"SIG{how}: stopped at step" in said and f"job {job} is requeued, restart 1" in said
+    assert restarted(job) == 1
+    stopped_at = int(said.split("stopped at step ")[1].split(";")[0])
+    assert f"resumed from {run}/checkpoints/step_{stopped_at:08d}" in said, "nothing is lost"
+    assert losses(work, run) == uninterrupted
+
+
+def test_the_time_limit_in_mid_run_saves_requeues_and_goes_on_bit_for_bit(work):
+    """More steps than the limit allows for, until it has come: with this schedule the losses do not depend on them."""
+    (work / "long.yaml").write_text(CONFIG.replace("steps: 30", "steps: 100000"))
+    options = (*FOUR_TASKS, "--time=2", "--signal=USR2@60")
+    job = sbatch(work, "run_dir=limited", options=options, config="long.yaml")
+    reached(work, "limited", 1)
+    soon(lambda: restarted(job) == 1)
+    stopped_at = max(metrics(work, "limited"))
+    steps = stopped_at + 20
+    (work / "long.yaml").write_text(CONFIG.replace("steps: 30", f"steps: {steps}"))
+    said = end(work, job)
+    assert f"SIGUSR2: stopped at step {stopped_at}" in said and f"step_{stopped_at:08d}, step {stopped_at}" in said
+    tidar(work, "pretrain", "long.yaml", "run_dir=unlimited")
+    assert losses(work, "limited") == losses(work, "unlimited")
+    assert len(losses(work, "limited")) == steps
+
+
+def test_a_killed_rank_ends_the_others_and_the_job_goes_on_from_the_newest_checkpoint(work, uninterrupted):
+    job = sbatch(work, "run_dir=killed")
+    reached(work, "killed", 7)
+    rank_process("killed", 3).send_signal(signal.SIGKILL)
+    said = end(work, job)
+    assert "task 3: Killed" in said and f"job {job} is requeued, restart 1" in said
+    assert "resumed from killed/checkpoints/" in said
+    assert losses(work, "killed") == uninterrupted
+
+
+def test_a_job_that_makes_no_progress_is_not_started_for_ever(work):
+    """Rank 1 aborts as it starts, at every start."""
+    (work / "slurm" / "broken.sh").write_text(
+        (work / "slurm" / "env.sh").read_text() + "export PYTHONPATH=$PYTHONPATH:$PWD/broken\n"
+    )
+    (work / "broken").mkdir()
+    failing = "import os\nif os.environ.get('SLURM_PROCID') == '1' and 'SLURM_STEP_ID' in os.environ: os.abort()\n"
+    (work / "broken" / "sitecustomize.py").write_text(failing)
+    options = (*FOUR_TASKS, "--export=ALL,TIDAR_ENV=slurm/broken.sh")
+    job = sbatch(work, "run_dir=loop", "launch.max_idle_restarts=1", options=options)
+    said = end(work, job, "FAILED")
+    assert restarted(job) == 1
+    assert "2 starts in a row have made no new checkpoint in loop, above launch.max_idle_restarts = 1" in said
+    assert slurm.show(job)["ExitCode"] == f"{restarts.GAVE_UP}:0"
+
+
+def test_a_node_that_fails_the_preflight_is_named_and_excluded_from_the_requeue(work):
+    """Files of the second node may not grow to the size of the writing test."""
+    (work / "limited").mkdir()
+    limit = "import os, resource\nif os.environ.get('SLURMD_NODENAME') == '127.0.0.12':\n"
+    limit += "    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, 1 << 19))\n"
+    (work / "limited" / "sitecustomize.py").write_text(limit)
+    env = (work / "slurm" / "env.sh").read_text() + "export PYTHONPATH=$PYTHONPATH:$PWD/limited\n"
+    (work / "slurm" / "limited.sh").write_text(env)
+    job = sbatch(work, "run_dir=badnode", options=(*FOUR_TASKS, "--export=ALL,TIDAR_ENV=slurm/limited.sh"))
+    soon(lambda: slurm.show(job).get("ExcNodeList") == "127.0.0.12")
+    assert restarted(job) == 1
+    subprocess.run(["scancel", job], check=True)  # there is no third node that it could take
+    said = (work / f"tidar-{job}.out").read_text()
+    assert "127.0.0.12: badnode cannot be written (File too large)" in said, "named where a user looks first"
+    assert "is requeued, restart 1, without 127.0.0.12" in said
+    assert not (work / "badnode" / "metrics.jsonl").exists(), "no step was made"
+
+
+def test_restarts_are_bounded(work):
+    job = sbatch(work, "run_dir=bounded", "launch.max_restarts=0")
+    reached(work, "bounded", 3)
+    subprocess.run(["scancel", "--signal=USR2", job], check=True)
+    said = end(work, job, "FAILED")
+    assert "it has been restarted 0 times, launch.max_restarts" in said and restarted(job) == 0
+    assert max(metrics(work, "bounded")) < 30
+
+
+def test_a_cancelled_job_saves_and_stays_cancelled(work):
+    job = sbatch(work, "run_dir=cancelled")
+    reached(work, "cancelled", 3)
+    subprocess.run(["scancel", job], check=True)
+    said = end(work, job, "CANCELLED")
+    assert "is requeued" not in said and restarted(job) == 0
+
+
+BAD = {
+    "an unknown key": ("train.stepz=3", "did you mean train.steps"),
+    "a layout that does not fit the job": ("parallel.data=2", "parallel.data = 2: 4 processes"),
+    "no corpus": ("data.path=nowhere", "nowhere"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_setting_ends_the_job_and_is_not_requeued(work, name):
+    setting, message = BAD[name]
+    job = sbatch(work, f"run_dir=bad_{setting.split('.')[0]}_{len(setting)}", setting)
+    said = end(work, job, "FAILED")
+    assert message in said and "Traceback" not in said
+    assert slurm.show(job)["ExitCode"] == "2:0" and restarted(job) == 0
+
+
+def test_a_run_in_the_batch_shell_itself_is_refused(work):
+    command = f"{sys.executable} -m tidar_mega.cli pretrain run.yaml run_dir=shell"
+    done = subprocess.run(
+        ["sbatch", "--parsable", *FOUR_TASKS, "--output=tidar-%j.out", f"--wrap=PYTHONPATH={ROOT} {command}"],
+        cwd=work,
+        capture_output=True,
+        text=True,
+    )
+    assert "start the run with srun" in end(work, done.stdout.strip(), "FAILED")
+
+
+@pytest.mark.parametrize("nodes", ["gpu[07-09,12],cpu1", "node1", "a-b[1-2],c", "r[3-4]n[001-016]", "127.0.0.[11-12]"])
+def test_the_first_host_is_the_one_that_slurm_names(nodes):
+    named = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    assert slurm.first_host(nodes) == named.stdout.split()[0]
+
+
+def test_submit_from_python_gives_the_same_run_also_through_a_signal(work, uninterrupted, monkeypatch):
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    settings = ["run_dir=submitted"]
+    job = launch.submit("run.yaml", settings, nodes=2, tasks=2, time="20", signal_seconds=60)
+    job.watcher._delay_s = 2
+    reached(work, "submitted", 7)
+    subprocess.run(["scancel", "--signal=USR2", job.job_id], check=True)
+    assert job.results() == 4 * [{"finished": True, "step": 30, "run_dir": "submitted"}]
+    assert restarted(job.job_id) == 1
+    assert losses(work, "submitted") == uninterrupted
+
+
+def test_a_sweep_of_three(work, monkeypatch):
+    monkeypatch.chdir(work)
+    rates = [[f"optimizer.lr={rate}", "train.steps=3", "parallel.data=null"] for rate in (1e-3, 2e-3, 3e-3)]
+    jobs = launch.sweep("run.yaml", rates, nodes=1, tasks=1, time="20", signal_seconds=60)
+    for job in jobs:
+        job.watcher._delay_s = 2
+    assert [job.result()["step"] for job in jobs] == [3, 3, 3]
+    last = [metrics(work / "runs" / "default", f"sweep_{n}")[3]["loss"] for n in range(3)]
+    assert len(set(last)) == 3
+
+
+def test_launch_follows_a_job_that_runs_a_copy_of_the_code(work, monkeypatch):
+    asked = ("--nodes", "2", "--gpus", "0", "--tasks", "2", "--time", "20", "run_dir=launched", "train.steps=3")
+    said = tidar(work, "launch", "run.yaml", *asked, "--follow")
+    assert "done: 3 steps" in said and "logs in launched/logs/" in said
+    status = tidar(work, "launch", "--status", "launched")
+    assert "COMPLETED" in status and "newest checkpoint: step_00000003" in status and "finished" in status
+    (copy,) = (work / "launched" / "code").iterdir()
+    assert (copy / "tidar_mega" / "cli.py").read_text() == (ROOT / "tidar_mega" / "cli.py").read_text()
+
+
+IMPOSSIBLE = {
+    "a partition": (("--gpus", "2", "--partition", "fast"), "--partition fast: this cluster has main"),
+    "nodes": (("--nodes", "4", "--gpus", "1"), "--nodes 4: partition main has 2"),
+    "GPUs": (("--gpus", "4"), "--gpus 4: of the 2 nodes of partition main, 0 have so many; the most is 2"),
+    "a layout": (("--gpus", "3", "parallel.tensor=2"), "must divide the 3 processes (1 nodes x 3)"),
+    "a setting": (("train.stepz=1",), "did you mean train.steps"),
+}
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_what_the_cluster_lacks_is_said_before_anything_is_queued(work, name):
+    options, message = IMPOSSIBLE[name]
+    said = tidar(work, "launch", "run.yaml", "parallel.data=null", *options, "run_dir=impossible", code=2)
+    assert message in said and "Traceback" not in said
+    assert not (work / "impossible").exists()
+    assert "impossible" not in subprocess.run(["squeue", "-h", "-o", "%o"], capture_output=True, text=True).stdout

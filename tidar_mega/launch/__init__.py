@@ -1,0 +1,19 @@
+"""How a run comes to its processes: local ones (`local.py`), the tasks of a Slurm step (`slurm.py`), and jobs that are
+handed to Slurm (`jobs.py`) and go back into its queue until the run is finished (`restarts.py`)."""
+
+from tidar_mega.launch.jobs import submit, sweep
+from tidar_mega.launch.local import local_processes, run_local
+from tidar_mega.launch.restarts import conclude, finished, note_bad_nodes, note_exit
+from tidar_mega.launch.slurm import take_place
+
+__all__ = [
+    "conclude",
+    "finished",
+    "local_processes",
+    "note_bad_nodes",
+    "note_exit",
+    "run_local",
+    "submit",
+    "sweep",
+    "take_place",
+]

@@ -1,0 +1,123 @@
+"""`tidar launch`: a run as a Slurm job, and what has become of it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from tidar_mega import config as config_module
+from tidar_mega.config import UserError
+from tidar_mega.launch import jobs, restarts, slurm
+from tidar_mega.launch.resources import Resources, check, check_cluster
+
+_WAITING = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPENDED")
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("config", nargs="?", help="a YAML file; settings may stand behind it")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as train.steps=100")
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--gpus", type=int, default=8, help="GPUs, and so processes, of each node (default 8); 0: CPU")
+    parser.add_argument("--tasks", type=int, help="processes of each node with --gpus 0")
+    parser.add_argument("--cpus", type=int, help="CPUs of each process")
+    parser.add_argument("--time", default="24:00:00", help="limit of each start; the run goes on in the next one")
+    parser.add_argument("--signal-seconds", type=int, default=300, help="for the last save before the limit")
+    parser.add_argument("--partition")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--dry-run", action="store_true", help="check all, print the command and the script, and stop")
+    what.add_argument("--follow", action="store_true", help="show what rank 0 says until the job is over")
+    what.add_argument("--status", metavar="RUN", type=Path, help="say how the job of a run folder is")
+    what.add_argument("--cancel", metavar="RUN", type=Path, help="end the job of a run folder, after a last save")
+
+
+def run(args) -> int:
+    """Raises UserError."""
+    if args.status or args.cancel:
+        return _status(args.status) if args.status else _cancel(args.cancel)
+    if args.config is None:
+        raise UserError("no config: use tidar launch configs/quickstart.yaml --nodes 2, or --status RUN")
+    config = config_module.load(args.config, args.overrides)
+    names = ("nodes", "gpus", "tasks", "cpus", "time", "partition", "signal_seconds")
+    r = Resources(**{name: getattr(args, name) for name in names})
+    check(config, r)
+    words = [args.config, *args.overrides]
+    if args.dry_run:
+        return _show(words, r)
+    check_cluster(r)
+    code = jobs.snapshot(config)
+    command = jobs.sbatch_command(code / jobs.script().relative_to(jobs.script().parents[1]), words, r, code)
+    job = slurm.ask([command[0], "--parsable", *command[1:]]).strip().split(";")[0]
+    note = {"job": job, "output": f"tidar-{job}.out", "command": shlex.join(command)}
+    (Path(config.run_dir) / "job.json").write_text(json.dumps(note) + "\n")
+    print(f"job {job} is in the queue; tidar launch --status {config.run_dir}")
+    return _follow(Path(config.run_dir), job) if args.follow else 0
+
+
+def _show(words: list[str], r: Resources) -> int:
+    print(f"# {r.nodes} nodes x {r.tasks_per_node} processes; settings and layout are good")
+    if shutil.which("sbatch"):
+        check_cluster(r)
+    else:
+        print("# sbatch is not on PATH here: nodes, GPUs and partition were not checked")
+    print(shlex.join(jobs.sbatch_command(jobs.script(), words, r)))
+    print(jobs.script().read_text(), end="")
+    return 0
+
+
+def _job_of(run: Path) -> str:
+    try:
+        return json.loads((run / "job.json").read_text())["job"]
+    except (OSError, ValueError, KeyError):
+        raise UserError(
+            f"{run}: `tidar launch` has submitted no job from here for a run of that folder; "
+            "name the run_dir that it was given, or see squeue"
+        ) from None
+
+
+def _status(run: Path) -> int:
+    job = _job_of(run)
+    known = slurm.show(job)
+    state = known.get("JobState", "no longer known to Slurm")
+    where = known.get("NodeList", "(null)")
+    print(f"job {job}: {state}" + (f" on {where}" if where != "(null)" else f" ({known.get('Reason', '')})"))
+    print(f"started again: {known.get('Restarts', 'unknown')} times; for {known.get('RunTime', 'unknown')} now")
+    steps = sorted(p.name for p in (run / "checkpoints").glob("step_*"))
+    print(f"newest checkpoint: {steps[-1] if steps else 'none'}")
+    if (run / "finished.json").exists():
+        print("finished")
+    elif known and not state.startswith(_WAITING):
+        print(restarts.first_failure(run / "logs" / job))
+    return 0
+
+
+def _cancel(run: Path) -> int:
+    job = _job_of(run)
+    slurm.ask(["scancel", job])
+    print(f"job {job} is cancelled: it saves within Slurm's KillWait, and is not requeued")
+    return 0
+
+
+def _follow(run: Path, job: str) -> int:
+    """Shows the batch shell's and rank 0's words as they come; 0 if the run comes to its end."""
+    shown: dict[Path, int] = {Path(f"tidar-{job}.out"): 0, run / "logs" / job / "rank_0.log": 0}
+    try:
+        while True:
+            over = not slurm.show(job).get("JobState", "over").startswith(_WAITING)
+            for path, offset in shown.items():
+                if path.exists():
+                    with path.open("rb") as log:
+                        log.seek(offset)
+                        new = log.read()
+                    shown[path] = offset + len(new)
+                    sys.stdout.write(new.decode(errors="replace"))
+                    sys.stdout.flush()
+            if over:
+                return 0 if (run / "finished.json").exists() else 1
+            time.sleep(1.0)
+    except KeyboardInterrupt:
+        print(f"\njob {job} goes on; tidar launch --cancel {run} ends it")
+        return 0

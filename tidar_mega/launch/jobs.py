@@ -1,0 +1,190 @@
+"""Runs that are handed to Slurm: by sbatch and slurm/pretrain.sh, or from Python as a job of submitit.
+
+Both start the same `tidar pretrain` in every task, with the same rules for requeues (`restarts.py`) and the same logs,
+RUN_DIR/logs/JOB/rank_*.log, and both run a copy of the code as it was when they were submitted, RUN_DIR/code.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tidar_mega import config as config_module
+from tidar_mega.config import Config, UserError
+from tidar_mega.launch import restarts, slurm
+from tidar_mega.launch.resources import Resources, check, check_cluster, minutes
+
+if TYPE_CHECKING:
+    import submitit
+
+_ROOT = Path(__file__).parents[2]
+_END_SECONDS = 120.0  # for the marker of rank 0, or for Slurm to end a job that was requeued
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def submit(
+    config: str | Path, overrides: Sequence[str] = (), executor: str = "slurm", **resources: int | str | None
+) -> submitit.Job:
+    """Trains in a job of submitit, whose `results()` say for each task how far the run came:
+    {"finished": .., "step": .., "run_dir": ..}; with one task, also `result()`.
+
+    `executor` is slurm, local (a process beside this one) or debug (in this one); `resources` are those of `Resources`.
+    Raises UserError before anything is submitted.
+    """
+    r = Resources(**resources)
+    task, settings = _task(config, list(overrides), r, executor)
+    return _executor(Path(settings.run_dir), r, executor).submit(task)
+
+
+def sweep(
+    config: str | Path,
+    overrides: Sequence[Sequence[str]],
+    executor: str = "slurm",
+    at_once: int = 8,
+    **resources: int | str | None,
+) -> list[submitit.Job]:
+    """One run for each list of overrides, as an array of jobs; a run without a run_dir of its own gets a numbered one.
+
+    Raises UserError before anything is submitted.
+    """
+    r = Resources(**resources)
+    base = Path(config_module.load(config).run_dir)
+    tasks = []
+    for number, own in enumerate(overrides):
+        named = any(word.startswith("run_dir=") for word in own)
+        words = list(own) if named else [*own, f"run_dir={base / f'sweep_{number}'}"]
+        tasks.append(_task(config, words, r, executor)[0])
+    jobs = _executor(base, r, executor)
+    jobs.update_parameters(**({"slurm_array_parallelism": at_once} if executor == "slurm" else {}))
+    return jobs.map_array(Pretrain.__call__, tasks)
+
+
+def _task(config: str | Path, overrides: list[str], r: Resources, executor: str) -> tuple[Pretrain, Config]:
+    settings = config_module.load(config, overrides)
+    check(settings, r)
+    if executor == "slurm":
+        check_cluster(r)
+    elif settings.parallel.data is None:  # the processes are started by `tidar pretrain` itself
+        overrides = [*overrides, f"parallel.data={r.world_size // settings.parallel.model_size}"]
+    return Pretrain(str(config), tuple(overrides), str(snapshot(settings))), settings
+
+
+def _executor(run_dir: Path, r: Resources, executor: str) -> submitit.AutoExecutor:
+    import submitit
+
+    jobs = submitit.AutoExecutor(folder=run_dir / "submitit" / "%j", cluster=executor)
+    jobs.update_parameters(name="tidar", timeout_min=minutes(r.time), nodes=r.nodes, tasks_per_node=1)
+    if executor == "slurm":
+        optional = {"slurm_partition": r.partition, "cpus_per_task": r.cpus, "gpus_per_node": r.gpus or None}
+        jobs.update_parameters(
+            tasks_per_node=r.tasks_per_node,
+            slurm_signal_delay_s=r.signal_seconds,
+            slurm_srun_args=["--kill-on-bad-exit=1"],
+            slurm_additional_parameters={"requeue": True},
+            **{name: value for name, value in optional.items() if value is not None},
+        )
+    return jobs
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """What each task of a job of submitit runs: `tidar pretrain` in a process of its own.
+
+    submitit's way to a checkpoint, a method that its signal handler calls on rank 0 alone, cannot save what lies on all
+    ranks. So the signal is handed on: the processes agree at a step boundary, save together, and rank 0 requeues.
+    """
+
+    config: str
+    overrides: tuple[str, ...]
+    code: str  # the copy of the package that is run
+
+    def __call__(self) -> dict:
+        settings = config_module.load(self.config, self.overrides)
+        code = self._run(settings)
+        job = slurm.own_job()
+        if code == UserError.exit_code:
+            raise UserError(restarts.first_failure(_logs(settings)))
+        if code not in (0, restarts.GAVE_UP) and _first_to(settings, "requeue"):
+            code = restarts.after_crash(settings, code)
+        deadline = time.monotonic() + (_END_SECONDS if job else 0)
+        while restarts.finished(settings) is None and code != restarts.GAVE_UP and time.monotonic() < deadline:
+            time.sleep(0.5)  # a task that returned before a requeue has ended it would leave a result
+        if code:
+            raise UserError(f"ended with code {code}; {restarts.first_failure(_logs(settings))}")
+        done = restarts.finished(settings) is not None
+        return {"finished": done, "step": restarts.newest_step(settings), "run_dir": settings.run_dir}
+
+    def _run(self, settings: Config) -> int:
+        path = os.pathsep.join(part for part in (self.code, os.environ.get("PYTHONPATH")) if part)
+        command = [sys.executable, "-P", "-u", "-m", "tidar_mega.cli", "pretrain", self.config, *self.overrides]
+        logs = _logs(settings)
+        logs.mkdir(parents=True, exist_ok=True)
+        with (logs / f"rank_{os.environ.get('SLURM_PROCID', 0)}.log").open("a") as log:
+            print(f"the words of this task are in {log.name}", flush=True)
+            child = subprocess.Popen(
+                command, env={**os.environ, "PYTHONPATH": path}, stdout=log, stderr=subprocess.STDOUT
+            )
+            before = {number: signal.signal(number, lambda n, _: child.send_signal(n)) for number in _SIGNALS}
+            try:
+                return child.wait()
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+
+
+def _logs(settings: Config) -> Path:
+    return Path(settings.run_dir) / "logs" / (slurm.own_job() or "local")
+
+
+def _first_to(settings: Config, what: str) -> bool:
+    """Whether no other task of this start of the job was here before."""
+    try:
+        (_logs(settings) / f"{what}.{slurm.restart_count()}").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def snapshot(settings: Config) -> Path:
+    """Copies the code as it is now into the run folder: the files that git knows or would add, else the package."""
+    target = Path(settings.run_dir).resolve() / "code" / datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+    git = ["git", "-C", str(_ROOT)]
+    listed = subprocess.run([*git, "ls-files", "-co", "--exclude-standard"], capture_output=True, text=True)
+    names = listed.stdout.splitlines() if listed.returncode == 0 else []
+    own = [*(_ROOT / "tidar_mega").rglob("*.py"), *(_ROOT / "slurm").glob("*.sh")]
+    names = names or [str(path.relative_to(_ROOT)) for path in own]
+    for name in names:
+        if (_ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(_ROOT / name, target / name)
+    version = subprocess.run([*git, "describe", "--always", "--dirty"], capture_output=True, text=True).stdout
+    (target / "COMMIT").write_text(version or "no git\n")
+    return target
+
+
+def script() -> Path:
+    """slurm/pretrain.sh of this code. Raises UserError."""
+    path = _ROOT / "slurm" / "pretrain.sh"
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: run `tidar launch` from a clone of the repository (pip install -e .)")
+    return path
+
+
+def sbatch_command(path: Path, words: Sequence[str], r: Resources, code: Path | None = None) -> list[str]:
+    """The command that submits slurm/pretrain.sh, of the copy `code` if given, with `words` behind it."""
+    options = [f"--nodes={r.nodes}", f"--gpus-per-node={r.gpus}", f"--time={r.time}"]
+    options += [f"--signal=USR2@{r.signal_seconds}"]
+    options += [] if r.gpus else [f"--ntasks-per-node={r.tasks_per_node}"]
+    options += [f"--cpus-per-task={r.cpus}"] if r.cpus else []
+    options += [f"--partition={r.partition}"] if r.partition else []
+    options += [f"--export=ALL,TIDAR_CODE={code}"] if code else []
+    return ["sbatch", *options, str(path), *words]

@@ -1,0 +1,98 @@
+"""What a job asks of a cluster, and whether the run fits it and the cluster has it: all that can be refused before
+anything waits in a queue."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass
+
+from tidar_mega.config import Config, ConfigError, UserError, check_batch
+from tidar_mega.launch.slurm import ask
+
+
+@dataclass(frozen=True)
+class Resources:
+    """`gpus` and `tasks` are per node; with GPUs, there is one task for each."""
+
+    nodes: int = 1
+    gpus: int = 0
+    tasks: int | None = None  # processes of a node without GPUs
+    cpus: int | None = None  # of a task
+    time: str = "24:00:00"
+    partition: str | None = None
+    signal_seconds: int = 300  # so long before the time limit the run saves and goes back into the queue
+
+    @property
+    def tasks_per_node(self) -> int:
+        return self.gpus or self.tasks or 1
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.tasks_per_node
+
+
+def check(config: Config, r: Resources) -> None:
+    """Whether the layout fits the processes. Raises ConfigError."""
+    for name, value, least in (("--nodes", r.nodes, 1), ("--gpus", r.gpus, 0), ("--tasks", r.tasks_per_node, 1)):
+        if value < least:
+            raise ConfigError(f"{name} {value}: must be a number of {least} or more")
+    if r.gpus and r.tasks not in (None, r.gpus):
+        raise ConfigError(f"--tasks {r.tasks}: must be --gpus ({r.gpus}), one process per GPU; leave it out")
+    p = config.parallel
+    what = f"{r.world_size} processes ({r.nodes} nodes x {r.tasks_per_node})"
+    if r.world_size % p.model_size:
+        raise ConfigError(
+            f"parallel.tensor x pipeline x context = {p.tensor} x {p.pipeline} x {p.context}: must divide the {what}; "
+            "change one of them, --nodes or --gpus"
+        )
+    data = r.world_size // p.model_size
+    if p.data not in (None, data):
+        raise ConfigError(f"parallel.data = {p.data}: {what} make {data} replicas; leave it out, or set it to {data}")
+    check_batch(config, data)
+    if 60 * minutes(r.time) <= r.signal_seconds:
+        raise ConfigError(f"--time {r.time}: must be more than the {r.signal_seconds} s kept for the last save")
+
+
+def minutes(time: str) -> int:
+    """Slurm's [days-]hours:minutes:seconds, days-hours, minutes:seconds or minutes, rounded up. Raises ConfigError."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
+    if not found:
+        raise ConfigError(f"--time {time}: must be minutes, hours:minutes:seconds or days-hours:minutes:seconds")
+    days, *rest = found.groups()
+    first, second, third = (int(part or 0) for part in rest)
+    if days is not None or found[4] is not None:
+        seconds = 86400 * int(days or 0) + 3600 * first + 60 * second + third
+    else:
+        seconds = 60 * first + second
+    return -(-seconds // 60)
+
+
+def check_cluster(r: Resources) -> None:
+    """Whether this cluster has such nodes. Raises UserError."""
+    for command in ("sbatch", "srun", "scontrol"):
+        if shutil.which(command) is None:
+            raise UserError(
+                f"{command} is not on PATH: no Slurm here; log in to the cluster, or train on this machine with "
+                "`tidar pretrain`; --dry-run shows what would be submitted"
+            )
+    groups = [line.split("|") for line in ask(["sinfo", "-h", "-o", "%P|%D|%G"]).splitlines()]
+    names = sorted({name.rstrip("*") for name, _, _ in groups})
+    if r.partition is not None and r.partition not in names:
+        raise UserError(f"--partition {r.partition}: this cluster has {', '.join(names)}")
+    here = [g for g in groups if (g[0].rstrip("*") == r.partition if r.partition else g[0].endswith("*"))]
+    nodes = sum(int(count) for _, count, _ in here)
+    if here and r.nodes > nodes:
+        raise UserError(f"--nodes {r.nodes}: partition {here[0][0].rstrip('*')} has {nodes}; ask for fewer")
+    with_gpus = sum(int(count) for _, count, gres in here if gpus_of(gres) >= r.gpus)
+    if here and r.nodes > with_gpus:
+        most = max(gpus_of(gres) for _, _, gres in here)
+        raise UserError(
+            f"--gpus {r.gpus}: of the {nodes} nodes of partition {here[0][0].rstrip('*')}, {with_gpus} have so many; "
+            f"the most is {most} GPUs per node; ask for more nodes of fewer GPUs"
+        )
+
+
+def gpus_of(gres: str) -> int:
+    """The GPUs of a node by Slurm's list of its generic resources, such as `gpu:a100:8(S:0-1),nvme:1`."""
+    return sum(int(n) for n in re.findall(r"(?:^|,)gpu(?::[^:,(]+)?:(\d+)", gres))

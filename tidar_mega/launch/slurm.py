@@ -1,0 +1,122 @@
+"""What Slurm says to a process of a job, and what a process may ask of Slurm."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+
+from tidar_mega.config import ConfigError, UserError
+
+# Below the ports that Linux gives to outgoing connections (32768 and above), so that none of these holds it by chance.
+_FIRST_PORT, _PORTS = 10000, 10000
+
+
+def take_place() -> bool:
+    """True in a process that a launcher has given a rank; in a task of `srun` it takes that from Slurm's variables.
+
+    Sets RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT there. A process with RANK is one
+    of torchrun or of `run_local`. Raises ConfigError.
+    """
+    if "RANK" in os.environ:
+        return True
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS") or 1)
+    if "SLURM_PROCID" not in os.environ or tasks == 1:
+        return False
+    if "SLURM_STEP_ID" not in os.environ:
+        raise ConfigError(
+            f"this is the shell of a Slurm job with {tasks} tasks: it would train on its first node alone; "
+            "start the run with srun, as slurm/pretrain.sh does"
+        )
+    os.environ.update(place(os.environ))
+    os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # at a failure it would warn at length of every lost socket
+    return True
+
+
+def place(slurm: dict | os._Environ) -> dict[str, str]:
+    """The variables of torch's launcher for the `srun` task that has the environment `slurm`. Raises ConfigError."""
+    local = int(slurm["SLURM_LOCALID"])
+    visible = [gpu for gpu in slurm.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+    if len(visible) == 1:
+        gpu = 0  # Slurm shows each task its own one only (--gpus-per-task)
+    elif visible and local >= len(visible):
+        raise ConfigError(
+            f"task {slurm['SLURM_PROCID']} is number {local + 1} of its node, which has {len(visible)} GPUs for this "
+            "job: one process per GPU; set --ntasks-per-node to --gpus-per-node"
+        )
+    else:
+        gpu = local
+    nodes = slurm.get("SLURM_STEP_NODELIST") or slurm["SLURM_JOB_NODELIST"]
+    port = _FIRST_PORT + (int(slurm["SLURM_JOB_ID"]) + int(slurm.get("SLURM_STEP_ID", 0))) % _PORTS
+    return {
+        "RANK": slurm["SLURM_PROCID"],
+        "LOCAL_RANK": str(gpu),
+        "WORLD_SIZE": slurm.get("SLURM_STEP_NUM_TASKS") or slurm["SLURM_NTASKS"],
+        "LOCAL_WORLD_SIZE": re.split(r"\D", slurm.get("SLURM_STEP_TASKS_PER_NODE", "1"))[0],
+        "MASTER_ADDR": first_host(nodes),
+        "MASTER_PORT": str(port),
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # megatron orders communication before compute through one queue
+    }
+
+
+def first_host(nodes: str) -> str:
+    """The first name of a Slurm host list such as `gpu[07-09,12],cpu1`, on which task 0 runs. Raises ConfigError."""
+    found = re.match(r"(?:[^,\[\]]|\[[^\]]+\])+", nodes)
+    if not found:
+        raise ConfigError(f"SLURM_JOB_NODELIST = {nodes!r}: not a list of hosts; is this process a task of srun?")
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", found.group())
+
+
+def own_job() -> str | None:
+    """The id of the Slurm job that this process belongs to; of one job of an array, such as 17_3."""
+    if "SLURM_ARRAY_JOB_ID" in os.environ:  # the plain id of the last one is that of the whole array
+        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ.get("SLURM_JOB_ID")
+
+
+def restart_count() -> int:
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
+def show(job: str) -> dict[str, str]:
+    """What the controller knows of a job; empty if it has forgotten it. Raises UserError without Slurm."""
+    found = ask(["scontrol", "show", "job", "--oneliner", job], check=False)
+    return dict(word.split("=", 1) for word in found.split() if "=" in word)
+
+
+def requeue(job: str, exclude: list[str]) -> None:
+    """Ends a running job and puts it back into the queue, never again to run on the nodes `exclude`.
+
+    Raises UserError if Slurm refuses.
+    """
+    excluded = show(job).get("ExcNodeList", "(null)")
+    # Slurm ends this process too, but takes the list of a waiting job only; what is started from here ignores it, too
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ask(["scontrol", "requeue", job])
+    if exclude:
+        nodes = ",".join([*([] if excluded == "(null)" else [excluded]), *exclude])
+        ask(["scontrol", "update", f"JobId={job}", f"ExcNodeList={nodes}"])
+
+
+def ask(command: list[str], check: bool = True) -> str:
+    """What one of Slurm's commands prints. Raises UserError if it is not there or, with `check`, if it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    except FileNotFoundError:
+        raise UserError(
+            f"{command[0]} is not on PATH: no Slurm here; log in to a node of the cluster (and in a container, mount "
+            "Slurm's commands), or start the run on this machine with `tidar pretrain`"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{command[0]} did not answer within 120 s: look at `scontrol ping`, and try again") from None
+    if check and done.returncode:
+        said = done.stderr.strip() or done.stdout.strip()
+        raise UserError(f"`{' '.join(command)}` was refused by Slurm: {said}")
+    return done.stdout
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
