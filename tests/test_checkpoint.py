@@ -5,6 +5,7 @@ The starts of processes are most of the time of these tests, so those of one wor
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -365,6 +366,17 @@ def test_a_missing_file_and_a_foreign_format_are_named(copy):
     meta.write_text(text)
     largest(copy).unlink()
     with pytest.raises(CheckpointError, match="is missing"):
+        store.read_meta(copy)
+
+
+def test_a_checkpoint_of_a_newer_megatron_is_not_called_damaged(copy):
+    if not (copy / "common.pt").exists():
+        pytest.skip("this megatron-core reads both kinds")
+    (copy / "common.pt").unlink()
+    meta = json.loads((copy / "meta.json").read_text())
+    del meta["files"]["common.pt"]
+    (copy / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(CheckpointError, match=r"written with a newer megatron-core than 0\.16"):
         store.read_meta(copy)
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import errno
 import functools
+import inspect
 import json
 import os
 import re
 import shutil
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
@@ -157,6 +159,11 @@ def read_meta(path: Path) -> dict:
     if meta.get("format") != FORMAT:
         found = meta.get("format")
         raise CheckpointError(f"{path}: checkpoint format {found}, this version reads {FORMAT}; convert or retrain it")
+    if "common.pt" not in files and "common_strategy" in inspect.signature(dist_checkpointing.load).parameters:
+        raise CheckpointError(
+            f"{path}: written with a newer megatron-core than {version('megatron-core')}, which looks for a common.pt "
+            "there; install megatron-core 0.19 (Python 3.12), which reads both kinds"
+        )
     for name, size in files.items():
         file = path / name
         found = file.stat().st_size if file.is_file() else None
