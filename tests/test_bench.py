@@ -68,7 +68,7 @@ def both_losses(rank: int) -> tuple[float, float]:
     plain = PlainModel(config.model, gpt.padded_vocab_size(config, VOCAB))
     _copy(model.module, plain)
     ours = summarise(task, accumulate_gradients(task, batch))["loss"]
-    return ours, float(plain(normalise(task, batch)[0]))
+    return ours, float(plain(normalise(task, batch)[0][0]))
 
 
 @torch.no_grad()

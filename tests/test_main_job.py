@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -164,8 +165,10 @@ def stopped_writers(process: subprocess.Popen) -> list[psutil.Process]:
 
 
 def two_more_steps(folder: Path, run: str) -> None:
-    last, deadline = max(metrics(folder, run)), time.monotonic() + 60
-    while max(metrics(folder, run)) < last + 2:
+    """Behind the step whose save was met; the next save, two steps later, waits for it."""
+    (draft,) = (folder / run / "checkpoints").glob(".step_*.unfinished")
+    saving, deadline = int(re.sub(r"\D", "", draft.name)), time.monotonic() + 120
+    while max(metrics(folder, run)) < saving + 2:
         assert time.monotonic() < deadline, "training waits for the writers"
         time.sleep(0.02)
 
