@@ -5,6 +5,7 @@ Each rank says what it sees; all ranks get all of it and come to the same verdic
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -80,7 +81,7 @@ def verdict(everybody: list[Facts], run_dir: str) -> None:
     """Raises NodeError or UserError if these ranks must not start."""
     hosts = {facts.host for facts in everybody}
     apart = sorted({f.host for f in everybody if not f.shares_folder and not f.cannot_write})
-    if apart:
+    if apart and not everybody[0].cannot_write:  # else there was nothing to be seen
         raise UserError(
             f"run_dir = {run_dir}: what rank 0 writes there is not seen on {', '.join(apart)}; it must be on a file "
             "system that all nodes share"
@@ -161,16 +162,15 @@ def _shares_folder(folder: Path, rank: int) -> bool:
     word = [os.urandom(8).hex()]
     dist.broadcast_object_list(word, src=0, device=device.device())
     if rank == 0:
-        try:
+        with contextlib.suppress(OSError):  # `_disk` says so
             folder.mkdir(parents=True, exist_ok=True)
             path.write_text(word[0])
-        except OSError:
-            pass  # `_disk` says so
     dist.barrier()
     seen = _reads(path, word[0])
     dist.barrier()
     if rank == 0:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
     return seen
 
 
