@@ -89,11 +89,11 @@ def test_the_rank_that_failed_first_is_found(tmp_path):
 
 def test_the_code_is_copied_as_it_is_now(tmp_path):
     code = jobs.snapshot(load(None, [f"run_dir={tmp_path}"]))
-    assert (code / "tidar_mega" / "config.py").read_text() == (ROOT / "tidar_mega" / "config.py").read_text()
+    assert (code / "tidar_mega" / "rows.py").read_text() == (ROOT / "tidar_mega" / "rows.py").read_text()
     assert (code / "slurm" / "pretrain.sh").stat().st_mode & 0o111
     shown = [sys.executable, "-P", "-c", "import tidar_mega.config as c; print(c.__file__)"]
     done = subprocess.run(shown, env={**os.environ, "PYTHONPATH": str(code)}, cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == str(code / "tidar_mega" / "config.py"), "and it is the copy that runs"
+    assert done.stdout.strip() == str(code / "tidar_mega" / "config" / "__init__.py"), "and it is the copy that runs"
 
 
 def launch(*words: str, **environment: str) -> subprocess.CompletedProcess:

@@ -1,0 +1,236 @@
+"""What is refused before anything starts: impossible values, and settings that cannot be together."""
+
+from __future__ import annotations
+
+from tidar_mega.config.errors import ConfigError
+from tidar_mega.config.settings import Config
+
+_ABOVE_ZERO = (
+    "model.num_layers",
+    "model.hidden_size",
+    "model.ffn_hidden_size",
+    "model.num_attention_heads",
+    "model.num_query_groups",
+    "model.vocab_multiple",
+    "data.seq_length",
+    "train.steps",
+    "train.global_batch_size",
+    "train.micro_batch_size",
+    "train.block",
+    "train.loss_chunk",
+    "train.nan_limit",
+    "train.eval_sequences",
+    "train.final_eval_sequences",
+    "train.alpha",
+    "train.position_gamma",
+    "optimizer.lr",
+    "optimizer.epsilon",
+    "parallel.tensor",
+    "parallel.pipeline",
+    "parallel.virtual_pipeline",
+    "parallel.context",
+    "parallel.recompute_layers",
+    "parallel.timeout_minutes",
+    "checkpoint.interval",
+    "checkpoint.keep_last",
+    "log.interval",
+    "decode.max_tokens",
+    "decode.capacity",
+    "decode.tensor",
+    "decode.pipeline",
+    "decode.data",
+    "decode.batch",
+    "decode.prefill_chunk",
+)
+_ZERO_OR_MORE = (
+    "train.eval_interval",
+    "train.position_weight",
+    "train.focal_weight",
+    "train.chain_weight",
+    "launch.max_restarts",
+    "launch.max_idle_restarts",
+    "optimizer.min_lr",
+    "optimizer.warmup_steps",
+    "optimizer.weight_decay",
+    "optimizer.clip_grad",
+    "precision.bf16_first_layers",
+    "precision.bf16_last_layers",
+    "decode.temperature",
+    "decode.top_k",
+)
+
+
+def check(config: Config) -> None:
+    """Refuses impossible values and combinations. Raises ConfigError."""
+    m, t, o, p = config.model, config.train, config.optimizer, config.parallel
+    for key in _ABOVE_ZERO:
+        _require(_value(config, key) > 0, key, _value(config, key), "a number above 0")
+    for key in _ZERO_OR_MORE:
+        _require(_value(config, key) >= 0, key, _value(config, key), "0 or more")
+    _choice("model.attention", m.attention, ("auto", "dense", "tiles", "flex"))
+    _choice("precision.dtype", config.precision.dtype, ("bf16", "fp32"))
+    _choice("precision.layers", config.precision.layers, ("auto", "local", "te"))
+    _choice("precision.fp8", config.precision.fp8, ("none", "delayed", "tensorwise", "blockwise", "mxfp8"))
+    _choice("precision.fp8_format", config.precision.fp8_format, ("hybrid", "e4m3"))
+    _choice("parallel.recompute", p.recompute, ("none", "selective", "full"))
+    _choice("optimizer.schedule", o.schedule, ("cosine", "wsd", "constant"))
+    for key in ("position_weight", "focal_weight", "chain_weight"):
+        if config.method == "ar":
+            value, allowed = getattr(t, key), "0 with method = ar, which drafts nothing"
+            _require(value == 0, f"train.{key}", value, allowed, "or set method = tidar")
+    _require(0 < t.draft_fraction <= 1, "train.draft_fraction", t.draft_fraction, "above 0 and at most 1")
+    for key, beta in {"optimizer.beta1": o.beta1, "optimizer.beta2": o.beta2}.items():
+        _require(0 <= beta < 1, key, beta, "0 or more and below 1")
+    _check_shapes(config)
+    _check_parallel(config)
+    _check_precision(config)
+    _check_schedule(config)
+    _check_decode(config)
+
+
+def _check_shapes(config: Config) -> None:
+    m, t, p, length = config.model, config.train, config.parallel, config.data.seq_length
+    _require(
+        length % t.block == 0,
+        "train.block",
+        t.block,
+        f"a divisor of data.seq_length ({length})",
+        _near(length, t.block),
+    )
+    _require(
+        m.kv_channels is not None or m.hidden_size % m.num_attention_heads == 0,
+        "model.num_attention_heads",
+        m.num_attention_heads,
+        f"a divisor of model.hidden_size ({m.hidden_size})",
+        "or set model.kv_channels",
+    )
+    _require(m.head_width % 2 == 0, "model.kv_channels", m.head_width, "an even number, as RoPE rotates pairs")
+    _require(
+        m.num_attention_heads % m.num_query_groups == 0,
+        "model.num_query_groups",
+        m.num_query_groups,
+        f"a divisor of model.num_attention_heads ({m.num_attention_heads})",
+    )
+    for key, value in {
+        "model.num_attention_heads": m.num_attention_heads,
+        "model.num_query_groups": m.num_query_groups,
+        "model.ffn_hidden_size": m.ffn_hidden_size,
+        "model.vocab_multiple": m.vocab_multiple,
+    }.items():
+        way = "lower parallel.tensor or change the shape"
+        _require(value % p.tensor == 0, key, value, f"a multiple of parallel.tensor ({p.tensor})", way)
+
+
+def _check_parallel(config: Config) -> None:
+    m, t, p, length = config.model, config.train, config.parallel, config.data.seq_length
+    if p.sequence:
+        _require(p.tensor > 1, "parallel.sequence", True, "true only with parallel.tensor above 1")
+    if p.sequence and p.context == 1:  # with context parallelism, each rank's rows are filled up to a multiple
+        drafted = 0 if config.method == "ar" else max(1, round(t.draft_fraction * length / t.block)) * t.block
+        allowed = (
+            f"a length whose clean and mask rows ({length} + {drafted}) are a multiple of parallel.tensor ({p.tensor})"
+        )
+        _require(
+            (length + drafted) % p.tensor == 0, "data.seq_length", length, allowed, "or change train.draft_fraction"
+        )
+    parts = p.pipeline * p.virtual_pipeline
+    allowed = f"a multiple of parallel.pipeline x parallel.virtual_pipeline ({p.pipeline} x {p.virtual_pipeline})"
+    _require(m.num_layers % parts == 0, "model.num_layers", m.num_layers, allowed)
+    _require(
+        p.virtual_pipeline == 1 or p.pipeline > 1,
+        "parallel.virtual_pipeline",
+        p.virtual_pipeline,
+        "1 with parallel.pipeline = 1",
+    )
+    allowed = f"a multiple of 2 x parallel.context ({2 * p.context})"
+    _require(p.context == 1 or length % (2 * p.context) == 0, "data.seq_length", length, allowed)
+    if p.overlap_param_gather:
+        allowed = "true only with parallel.distributed_optimizer and parallel.overlap_grad_reduce"
+        ok = p.distributed_optimizer and p.overlap_grad_reduce
+        _require(ok, "parallel.overlap_param_gather", True, allowed)
+    _require(p.bucket_size is None or p.bucket_size > 0, "parallel.bucket_size", p.bucket_size, "1 or more, or null")
+    _require(0 <= p.optimizer_offload <= 1, "parallel.optimizer_offload", p.optimizer_offload, "between 0 and 1")
+    if p.data is not None:
+        _require(p.data > 0, "parallel.data", p.data, "a number above 0")
+        check_batch(config, p.data)
+
+
+def _check_precision(config: Config) -> None:
+    precision, layers = config.precision, config.model.num_layers
+    if precision.fp8 == "none":
+        _require(not precision.fp8_param_gather, "precision.fp8_param_gather", True, "false with precision.fp8=none")
+        return
+    _require(precision.dtype == "bf16", "precision.fp8", precision.fp8, "none with precision.dtype=fp32")
+    _require(precision.layers != "local", "precision.fp8", precision.fp8, "none with precision.layers=local", "use te")
+    kept = precision.bf16_first_layers + precision.bf16_last_layers
+    if kept:
+        allowed = f"at most model.num_layers ({layers}) with precision.bf16_last_layers"
+        _require(kept <= layers, "precision.bf16_first_layers", precision.bf16_first_layers, allowed)
+        allowed = "tensorwise, blockwise or mxfp8 with layers kept in bf16: delayed scaling knows one recipe for all"
+        _require(precision.fp8 != "delayed", "precision.fp8", precision.fp8, allowed)
+
+
+def _check_schedule(config: Config) -> None:
+    o, steps = config.optimizer, config.train.steps
+    _require(o.min_lr <= o.lr, "optimizer.min_lr", o.min_lr, f"at most optimizer.lr ({o.lr})")
+    _require(o.warmup_steps < steps, "optimizer.warmup_steps", o.warmup_steps, f"less than train.steps ({steps})")
+    if o.schedule == "wsd":
+        rest = steps - o.warmup_steps
+        _require(0 < o.decay_steps <= rest, "optimizer.decay_steps", o.decay_steps, f"1 to {rest} (steps - warm-up)")
+
+
+def _check_decode(config: Config) -> None:
+    d, m = config.decode, config.model
+    _choice("decode.mode", d.mode, ("fused", "ar", "blocks"))
+    _choice("decode.dtype", d.dtype, ("fp32", "bf16"))
+    _choice("decode.acceptance", d.acceptance, ("coupled", "rejection"))
+    _require(0 < d.top_p <= 1, "decode.top_p", d.top_p, "above 0 and at most 1")
+    _require(0 <= d.beta <= 1, "decode.beta", d.beta, "from 0 (trust the masks) to 1 (trust AR, exact)")
+    _require(0 < d.threshold <= 1, "decode.threshold", d.threshold, "above 0 and at most 1")
+    _require(d.block is None or d.block > 0, "decode.block", d.block, "1 or more")
+    _require(d.cache_tokens is None or d.cache_tokens > 0, "decode.cache_tokens", d.cache_tokens, "1 or more")
+    named = d.outcomes in ("auto", "all", "last", "none")
+    listed = isinstance(d.outcomes, list) and all(isinstance(o, int) and o > 0 for o in d.outcomes)
+    _require(named or listed, "decode.outcomes", d.outcomes, "auto, all, last, none or a list such as [1,4]")
+    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_multiple"):
+        value = getattr(m, name)
+        _require(value % d.tensor == 0, "decode.tensor", d.tensor, f"a divisor of model.{name} ({value})")
+    _require(
+        m.num_layers % d.pipeline == 0, "decode.pipeline", d.pipeline, f"a divisor of model.num_layers ({m.num_layers})"
+    )
+
+
+def check_batch(config: Config, data_parallel: int) -> None:
+    """The global batch must be whole micro-batches on each of `data_parallel` replicas. Raises ConfigError."""
+    t, p = config.train, config.parallel
+    unit = t.micro_batch_size * data_parallel
+    allowed = f"a multiple of train.micro_batch_size x parallel.data ({t.micro_batch_size} x {data_parallel})"
+    if p.virtual_pipeline > 1:  # the interleaved schedule takes micro-batches in turns of one for each stage
+        unit *= p.pipeline
+        allowed = f"a multiple of train.micro_batch_size x parallel.data x parallel.pipeline ({unit})"
+    _require(
+        t.global_batch_size % unit == 0,
+        "train.global_batch_size",
+        t.global_batch_size,
+        allowed,
+        f"for example {max(unit, t.global_batch_size // unit * unit)}",
+    )
+
+
+def _value(config: Config, key: str) -> float:
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
+
+
+def _require(ok: bool, key: str, value: object, allowed: str, way_out: str = "") -> None:
+    if not ok:
+        raise ConfigError(f"{key} = {value}: must be {allowed}" + (f"; {way_out}" if way_out else ""))
+
+
+def _choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    _require(value in allowed, key, value, f"one of {', '.join(allowed)}")
+
+
+def _near(length: int, block: int) -> str:
+    divisors = [d for d in range(1, min(length, 65)) if length % d == 0]
+    return f"for example {min(divisors, key=lambda d: abs(d - block))}"

@@ -1,0 +1,180 @@
+"""Every setting of a run, with its default."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of the backbone; names are megatron-core's. The vocabulary comes from the tokenizer of `data.path`."""
+
+    num_layers: int = 4
+    hidden_size: int = 256
+    ffn_hidden_size: int = 704
+    num_attention_heads: int = 4
+    num_query_groups: int = 4  # key/value heads
+    kv_channels: int | None = None  # width of one head; hidden_size / num_attention_heads when null
+    qk_layernorm: bool = False
+    add_qkv_bias: bool = False
+    tie_embeddings: bool = False  # share the embedding with the output head
+    rotary_base: float = 10000.0
+    norm_epsilon: float = 1e-6
+    init_std: float = 0.02
+    vocab_multiple: int = 64  # the vocabulary is padded to a multiple of this, for tensor parallel splits
+    attention: str = "auto"  # auto | dense | tiles | flex
+
+    @property
+    def head_width(self) -> int:
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    path: str = "data/quickstart"  # a folder made by `tidar prepare`
+    seq_length: int = 256  # clean tokens of one sequence (S); a TiDAR forward has 2 S rows
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 1000
+    global_batch_size: int = 16  # sequences of one optimizer step, over all processes
+    micro_batch_size: int = 8  # sequences of one forward on one process
+    seed: int = 1234
+    block: int = 4  # draft length (B)
+    alpha: float = 1.0  # loss = (alpha * CE_AR + CE_draft) / (1 + alpha)
+    draft_fraction: float = 1.0  # share of the blocks of a sequence that are drafted in a step
+    random_offset: bool = False  # shift the block starts of each sequence by a random 0..block-1
+    # left-to-right losses of a draft on top (arXiv 2606.11552), 0 = without; the paper gives 0.3 for the focal one
+    position_weight: float = 0.0  # cross entropy weighted by exp(-slot / position_gamma)
+    position_gamma: float = 10.0
+    focal_weight: float = 0.0  # cross entropy at a draft's first wrong slot
+    chain_weight: float = 0.0  # minus the expected accepted length of a draft
+    loss_chunk: int = 2048  # rows of which logits exist at once
+    nan_limit: int = 3  # a step with a non-finite gradient is skipped; this many in a row end the run
+    eval_interval: int = 200  # steps between validations; 0 = only at the end
+    eval_sequences: int = 64  # held-out sequences of a periodic validation
+    final_eval_sequences: int = 4096  # of the validation at the end, at most all
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    lr: float = 1e-3
+    min_lr: float = 1e-4
+    schedule: str = "cosine"  # cosine | wsd (warm-up, stable, decay) | constant
+    warmup_steps: int = 50
+    decay_steps: int = 100  # length of the final decay of `wsd`
+    weight_decay: float = 0.1  # not applied to biases and norms
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    clip_grad: float = 1.0
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    tensor: int = 1
+    sequence: bool = False  # sequence parallel: norms and residuals are split over the tensor group
+    pipeline: int = 1  # stages, each with num_layers / pipeline layers
+    virtual_pipeline: int = (
+        1  # parts of each stage; above 1, micro-batches go round the stages this often (interleaved)
+    )
+    context: int = 1  # the rows of each sequence are split over this many processes
+    data: int | None = (
+        None  # processes / (tensor x pipeline x context) when null; without a launcher, 1 or as many as fit
+    )
+    distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    bucket_size: int | None = None  # parameters that are reduced or gathered at once when overlapped; null: megatron's
+    recompute: str = "none"  # activations made again in the backward: none | selective (attention, see below) | full
+    recompute_layers: int = 1  # with full: layers of which only the input is kept, as one unit
+    gradient_accumulation_fusion: bool = (
+        False  # weight gradients added into fp32 by the product itself; CUDA, TE or apex
+    )
+    optimizer_offload: float = 0.0  # share of the optimizer that lives in host memory; 0 = none
+    timeout_minutes: float = 10.0  # of every collective
+
+    @property
+    def model_size(self) -> int:
+        """Processes that hold one replica of the model."""
+        return self.tensor * self.pipeline * self.context
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    dtype: str = "bf16"  # bf16 | fp32; optimizer state and gradients are fp32 in both
+    layers: str = "auto"  # local | te (Transformer Engine) | auto: te in bf16 where it is installed and there is a GPU
+    fp8: str = "none"  # none | delayed | tensorwise | blockwise | mxfp8, megatron-core's recipes; needs te
+    fp8_format: str = "hybrid"  # hybrid (e4m3 forward, e5m2 gradients) | e4m3
+    fp8_param_gather: bool = False  # the distributed optimizer gathers weights in fp8
+    bf16_first_layers: int = 0  # layers at the start and
+    bf16_last_layers: int = 0  # at the end that stay in bf16 under fp8
+    deterministic: bool = False  # bitwise repeatable on one layout, slower on GPUs
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    interval: int = 200  # steps between saves; the last step is always saved
+    keep_last: int = 2
+    asynchronous: bool = False  # write in a process beside the training, which goes on meanwhile
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    interval: int = 10  # steps between log lines, TensorBoard points and lines of metrics.jsonl
+    tensorboard: bool = True
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """What surrounds the training on a cluster."""
+
+    preflight: bool = True  # before the first step, look at every node: GPUs, exchange, clocks, disk, versions, config
+    max_restarts: int = 100  # a Slurm job is requeued at most this often
+    max_idle_restarts: int = 3  # and at most this often in a row without a new checkpoint
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """How `tidar generate`, `tidar bench decode` and evaluations decode; none of it is fixed by the training run."""
+
+    mode: str = "fused"  # fused | ar | blocks: block diffusion, whose output is not AR's
+    block: int | None = None  # draft length at decode time; train.block when null
+    # behind which outcomes of a verified draft the next one is made at once: auto | all | last | none | [1, 3, ..]
+    outcomes: Any = "auto"
+    dtype: str = "fp32"  # fp32 | bf16; only fp32 keeps near-ties, and so exactness, out of the kernels' hands
+    tensor: int = 1  # processes that split every layer, whatever the layout of the training run was
+    pipeline: int = 1  # processes that hold consecutive layers
+    data: int = 1  # replicas, which divide the prompts
+    batch: int = 16  # most requests decoded at once
+    capacity: int = 4096  # most tokens of a prompt and its continuation together
+    cache_tokens: int | None = None  # what the pages of keys and values hold; batch x capacity when null
+    prefill_chunk: int = 512  # prompt tokens encoded by one forward
+    cuda_graphs: bool = True  # on a GPU, forwards that come again and again are recorded once and replayed
+    max_tokens: int = 128
+    temperature: float = 0.0  # 0 = greedy
+    top_k: int = 0  # 0 = all
+    top_p: float = 1.0
+    seed: int = 0
+    acceptance: str = "coupled"  # coupled: the output is AR's own | rejection: distributed as AR's
+    beta: float = 1.0  # below 1, mixed verification: the masks have a say, and the output is no longer AR's
+    threshold: float = 0.9  # mode=blocks: the probability from which on a slot's token is kept
+    stop: list[str] = field(default_factory=list)  # texts that end a continuation
+
+
+@dataclass(frozen=True)
+class Config:
+    run_dir: str = "runs/default"  # checkpoints, tensorboard/, metrics.jsonl and config.yaml of this run
+    method: str = "tidar"  # a file of tidar_mega/methods
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
