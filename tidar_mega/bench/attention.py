@@ -1,4 +1,5 @@
-"""The `tiles` backend against the dense mask and against plain causal attention over 2S rows, forward and backward.
+"""The backend that training takes on this machine (`tiles` on a CPU, `flex` on a GPU) against the dense mask and
+against plain causal attention over 2S rows, forward and backward.
 
 The three take turns in one process, and the ratios are of medians, so that a busy machine slows all of them alike.
 Accuracy is the relative Frobenius error against an explicit softmax in float64.
@@ -10,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 
 import torch
 from rich.console import Console
@@ -18,8 +18,9 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from tidar_mega import device
 from tidar_mega.config import UserError
-from tidar_mega.model.attention import TrainingAttention
+from tidar_mega.model.attention import TrainingAttention, choose_backend
 from tidar_mega.rows import Rows, visible
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -33,12 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
     parser.add_argument("--dtype", choices=(*DTYPES, "both"), default="both")
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Figures for fp32 at the top level (`dense_over_tiles`, `tiles_over_causal_2s`), for each type under its name."""
+    """Figures of fp32 at the top level (`dense_over_tiles`, `tiles_over_causal_2s`; on a GPU `flex` for `tiles`), and
+    of each type under its name."""
     if args.seq_length % args.block:
         raise UserError(f"--seq-length {args.seq_length} must be a multiple of --block {args.block}")
     if args.heads % args.kv_heads:
@@ -52,11 +54,9 @@ def run(args: argparse.Namespace) -> dict:
         torch.set_num_threads(before)
     _print(args, figures)
     flat = {"setting": {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str))}, **figures}
-    if "fp32" in figures:
-        flat |= {key: figures["fp32"][key] for key in ("dense_over_tiles", "tiles_over_causal_2s")}
-    if "bf16" in figures:
-        flat["dense_over_tiles_bf16"] = figures["bf16"]["dense_over_tiles"]
-        flat["tiles_over_causal_2s_bf16"] = figures["bf16"]["tiles_over_causal_2s"]
+    for name, suffix in (("fp32", ""), ("bf16", "_bf16")):
+        ratios = {key: value for key, value in figures.get(name, {}).items() if "_over_" in key}
+        flat |= {f"{key}{suffix}": value for key, value in ratios.items()}
     flat["errors"] = {name: f["errors"] for name, f in figures.items()}
     return flat
 
@@ -73,33 +73,32 @@ def doubled_rows(seq_length: int, block: int) -> Rows:
 
 
 def _measure(args: argparse.Namespace, dtype: torch.dtype) -> dict:
-    T, scale = 2 * args.seq_length, args.head_dim**-0.5
+    T, scale, here = 2 * args.seq_length, args.head_dim**-0.5, device.device()
     draw = torch.Generator().manual_seed(0)
     heads = (args.heads, args.kv_heads, args.kv_heads, args.heads)
-    *qkv, grad = (torch.randn(T, 1, h, args.head_dim, generator=draw).to(dtype) for h in heads)
+    *qkv, grad = (torch.randn(T, 1, h, args.head_dim, generator=draw).to(here, dtype) for h in heads)
     qkv = [x.requires_grad_() for x in qkv]
-    rows = doubled_rows(args.seq_length, args.block)
-    began = time.perf_counter()
-    contexts = {name: TrainingAttention(rows, name) for name in ("tiles", "dense")}
-    contexts["tiles"].attend(1, *qkv, scale)  # makes the plan, which all layers of a step share
-    plan_seconds = time.perf_counter() - began
-    ways = {name: _attend(context, scale) for name, context in contexts.items()} | {"causal_2s": _causal(scale)}
+    rows = doubled_rows(args.seq_length, args.block).to(here)
+    fast = choose_backend("auto", here, dtype)
+    ways = {name: _attend(TrainingAttention(rows, name), scale) for name in (fast, "dense")}
+    ways["causal_2s"] = _causal(scale)
+    # the plan or mask, which all layers of a step share; on a GPU also the kernel, compiled once
+    first_seconds = device.seconds(lambda: ways[fast](*qkv))
 
     times: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(args.repeats + 1):
         for name, way in ways.items():
-            began = time.perf_counter()
-            results = _forward_backward(way, qkv, grad)
+            taken = device.seconds(lambda way=way: _forward_backward(way, qkv, grad))
             if repeat:  # the first round warms up
-                times[name].append(time.perf_counter() - began)
-            del results
+                times[name].append(taken)
     seconds = {name: statistics.median(t) for name, t in times.items()}
     return {
-        "dense_over_tiles": seconds["dense"] / seconds["tiles"],
-        "tiles_over_causal_2s": seconds["tiles"] / seconds["causal_2s"],
+        "backend": fast,
+        f"dense_over_{fast}": seconds["dense"] / seconds[fast],
+        f"{fast}_over_causal_2s": seconds[fast] / seconds["causal_2s"],
         "milliseconds": {name: 1e3 * s for name, s in seconds.items()},
-        "first_call_milliseconds": 1e3 * plan_seconds,
-        "errors": _errors(ways, qkv, grad, rows, scale),
+        "first_call_milliseconds": 1e3 * first_seconds,
+        "errors": _errors({name: ways[name] for name in (fast, "dense")}, qkv, grad, rows, scale),
     }
 
 
@@ -126,8 +125,8 @@ def _forward_backward(way, qkv: list[Tensor], grad: Tensor) -> tuple[Tensor, ...
 def _errors(ways: dict, qkv: list[Tensor], grad: Tensor, rows: Rows, scale: float) -> dict:
     exact = _exact(qkv, grad, rows, scale)
     errors = {}
-    for name in ("tiles", "dense"):
-        found = _forward_backward(ways[name], qkv, grad)
+    for name, way in ways.items():
+        found = _forward_backward(way, qkv, grad)
         errors[name] = {
             key: float((a.double() - b).norm() / b.norm()) for key, a, b in zip(RESULTS, found, exact, strict=True)
         }
@@ -152,18 +151,21 @@ def _exact(qkv: list[Tensor], grad: Tensor, rows: Rows, scale: float) -> tuple[T
 
 
 def _print(args: argparse.Namespace, figures: dict) -> None:
+    where = f"{args.threads} thread(s)" if device.device().type == "cpu" else torch.cuda.get_device_name()
     table = Table(
         title=f"attention forward + backward, S {args.seq_length} ({2 * args.seq_length} rows), block {args.block}, "
-        f"{args.heads}/{args.kv_heads} heads of {args.head_dim}, {args.threads} thread(s), medians of {args.repeats}"
+        f"{args.heads}/{args.kv_heads} heads of {args.head_dim}, {where}, medians of {args.repeats}"
     )
-    for column in ("type", "tiles ms", "dense ms", "causal 2S ms", "dense / tiles", "tiles / causal 2S"):
+    for column in ("type", "backend", "ms", "dense ms", "causal 2S ms", "dense / backend", "backend / causal 2S"):
         table.add_column(column, justify="right")
     errors = Table(title="relative error against float64")
     for column in ("type", "backend", *RESULTS):
         errors.add_column(column, justify="right")
     for name, f in figures.items():
-        ms = (f"{f['milliseconds'][way]:.0f}" for way in ("tiles", "dense", "causal_2s"))
-        table.add_row(name, *ms, f"{f['dense_over_tiles']:.2f}", f"{f['tiles_over_causal_2s']:.3f}")
+        fast = f["backend"]
+        ms = (f"{f['milliseconds'][way]:.4g}" for way in (fast, "dense", "causal_2s"))
+        ratios = f"{f[f'dense_over_{fast}']:.2f}", f"{f[f'{fast}_over_causal_2s']:.3f}"
+        table.add_row(name, fast, *ms, *ratios)
         for backend, values in f["errors"].items():
             errors.add_row(name, backend, *(f"{values[key]:.1e}" for key in RESULTS))
     console = Console()
