@@ -85,3 +85,12 @@ def test_real_ranks_come_to_one_verdict(tmp_path, what, said):
     assert all(said in text for text, _ in told), told
     assert not any(noted for _, noted in told)
     assert not list(tmp_path.rglob(".preflight*"))
+
+
+def exchange_as_gpus_do(rank: int) -> bool:
+    return preflight._exchange(numbers=2**24 + 64)[0]
+
+
+@pytest.mark.distributed
+def test_what_is_exchanged_on_gpus_is_more_than_float32_can_count():
+    assert processes.run(exchange_as_gpus_do, 2) == [True, True]

@@ -106,6 +106,7 @@ class Batch:
             scale=scale,
             enable_gqa=True,
             return_aux=AuxRequest(lse=True),
+            kernel_options={"FORCE_USE_FLEX_ATTENTION": not _is_few(q_NHtE, k_NGtE)},
         )
         # a request without committed rows has no block to visit, and nothing that was computed for it counts
         old_NHtE = old_NHtE.masked_fill(self.is_empty_N111, 0).to(new_NHtE.dtype)
@@ -125,6 +126,13 @@ class Batch:
         lse_NGFt = score_NGFtt.logsumexp(dim=-1)
         weight_NGQt = (score_NGFtt - lse_NGFt[..., None]).exp().to(v_NGtE.dtype).view(N, G, H // G * t, t)
         return (weight_NGQt @ v_NGtE).to(wide).view(N, H, t, E), lse_NGFt.view(N, H, t)
+
+
+def _is_few(q_NHtE: Tensor, k_NGtE: Tensor) -> bool:
+    """Whether FlexAttention's kernel for few rows, which divides the pages among processors, may be taken: it takes all
+    query rows of a key head at once, and these must fit into a block of the mask."""
+    H, t, G = q_NHtE.shape[1], q_NHtE.shape[2], k_NGtE.shape[1]
+    return H // G * t <= _QUERY_BLOCK
 
 
 def _page_mask(cache: PagedCache, length_N: Tensor, page_NW: Tensor, rows: int) -> BlockMask:

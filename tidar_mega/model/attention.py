@@ -32,6 +32,8 @@ from tidar_mega.rows import Rows, rule, visible
 
 BACKENDS = ("dense", "tiles", "flex")
 FLEX_BLOCK = 128  # the block of FlexAttention's kernels on GPUs
+# its other kernel, for few rows, does not exist where a key head's query rows are more than a block
+FLEX_OPTIONS = {"FORCE_USE_FLEX_ATTENTION": True}
 
 
 class AttentionContext(Protocol):
@@ -101,7 +103,15 @@ class TrainingAttention:
             if not torch.is_grad_enabled():  # on CPU flex refuses whatever requires a gradient, wanted or not
                 q_BHTE, k_BGKE, v_BGKE = (x.detach() for x in (q_BHTE, k_BGKE, v_BGKE))
             flex = _flex_attention(q_TBHE.is_cuda)
-            out_BHTE = flex(q_BHTE, k_BGKE, v_BGKE, block_mask=self.block_mask, scale=scale, enable_gqa=True)
+            out_BHTE = flex(
+                q_BHTE,
+                k_BGKE,
+                v_BGKE,
+                block_mask=self.block_mask,
+                scale=scale,
+                enable_gqa=True,
+                kernel_options=FLEX_OPTIONS,
+            )
         return out_BHTE.permute(2, 0, 1, 3).contiguous()
 
     @cached_property

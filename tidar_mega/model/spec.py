@@ -8,6 +8,7 @@ part of the linear layers behind them. megatron keeps the latter's names; its lo
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from dataclasses import dataclass
 
@@ -141,7 +142,9 @@ def _engine_layer(shape: BackboneConfig) -> ModuleSpec:
     """
     layer = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=shape.qk_layernorm)
     if shape.engine_gradient_fusion:
-        attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
+        attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp
+        # a ModuleSpec until megatron-core 0.18, then a function with its parts bound
+        mlp = mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
         attention.linear_qkv, attention.linear_proj = map(_fused, (attention.linear_qkv, attention.linear_proj))
         mlp.linear_fc1, mlp.linear_fc2 = map(_fused, (mlp.linear_fc1, mlp.linear_fc2))
     return layer
