@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tests.test_decode import Bytes
 from tests.test_decode_requests import PROMPTS, SAMPLED, engine, model  # noqa: F401
 from tidar_mega.config import UserError
-from tidar_mega.decode.cache import PagedAttention, Pages, Slots
-from tidar_mega.decode.flex import FlexPagedAttention
+from tidar_mega.decode.cache import PagedAttention, PagedCache, Pages, Slots
+from tidar_mega.decode.flex import FlexPagedAttention, _page_mask
 from tidar_mega.decode.forward import Plan, Work
 from tidar_mega.decode.graphs import Recorder
 from tidar_mega.decode.sampling import SamplingParams
@@ -262,6 +262,25 @@ def test_only_steps_of_decoding_are_recorded(model):  # noqa: F811
 def test_the_attention_of_gpus_has_the_same_numbers(model):  # noqa: F811
     plain, flex = mixed_hidden(engine(model, page=4, cache_tokens=200), lengths=(7, 0, 8, 3, 12, 5))
     torch.testing.assert_close(flex, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_the_kernels_of_gpus_visit_the_pages_of_each_request():
+    """What FlexAttention does on a GPU and not on a CPU: it visits the listed pages, and finds the lines of both lists
+    by the strides of the partial one (torch/_inductor/kernel/flex/templates)."""
+    lengths, pages = (5, 32, 40, 0, 17), torch.tensor([[4, 9, 2], [7, 3, 8], [0, 5, 6], [1, 10, 11], [12, 13, 14]])
+    cache = PagedCache([1], 1, 16, 15, 16, torch.float32, torch.device("cpu"))
+    mask = _page_mask(cache, torch.tensor(lengths), pages, rows=130)
+    assert mask.kv_indices.is_contiguous() and mask.full_kv_indices.is_contiguous()
+    partial, whole = mask.kv_indices.flatten(), mask.full_kv_indices.flatten()
+    for n, length in enumerate(lengths):
+        for block in range(2):
+            at = n * mask.kv_indices.stride(0) + block * mask.kv_indices.stride(2)
+            visited = whole[at : at + int(mask.full_kv_num_blocks[n, 0, block])].tolist()
+            assert visited == pages[n, : length // 16].tolist()
+            looked_at = partial[at : at + int(mask.kv_num_blocks[n, 0, block])].tolist()
+            assert looked_at == (pages[n, length // 16 :][:1].tolist() if length % 16 else [])
+            seen = [mask.mask_mod(n, 0, 0, page * 16 + torch.arange(16)).tolist() for page in looked_at]
+            assert seen == [[slot < length % 16 for slot in range(16)] for _ in looked_at]
 
 
 def mixed_hidden(e, lengths: tuple[int, ...]) -> list[torch.Tensor]:

@@ -146,7 +146,8 @@ def _page_mask(cache: PagedCache, length_N: Tensor, page_NW: Tensor, rows: int) 
     # which page of its request a page of the cache is; -1: of none, or not written yet
     number_NW = torch.where(number_W < used_N[:, None], number_W, -1)
     number_NP = torch.full((N, cache.scratch + 1), -1, device=device).scatter_(1, page_NW, number_NW)
-    last_N1 = page_NW.gather(1, whole_N.clamp(max=W - 1)[:, None])
+    # of each row only the first is read, but the kernels find the rows of both tables by the strides of this one
+    last_NW = page_NW.gather(1, whole_N.clamp(max=W - 1)[:, None]).expand(N, W)
     blocks = -(-rows // _QUERY_BLOCK)
 
     def of_blocks(x: Tensor) -> Tensor:
@@ -158,7 +159,7 @@ def _page_mask(cache: PagedCache, length_N: Tensor, page_NW: Tensor, rows: int) 
 
     return BlockMask.from_kv_blocks(
         of_blocks(used_N - whole_N),
-        of_blocks(last_N1),
+        of_blocks(last_NW),
         of_blocks(whole_N),
         of_blocks(page_NW),
         BLOCK_SIZE=(_QUERY_BLOCK, page),
