@@ -7,7 +7,7 @@ import functools
 import json
 import math
 import multiprocessing
-import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -71,13 +71,20 @@ def _in_world(function, args):
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory):
+def corpus(tmp_path_factory):
+    """A folder with real source code, prepared, and a config."""
     folder = tmp_path_factory.mktemp("gpu")
     make_corpus(folder)
     text = CONFIG.replace("parallel: {data: 2}", "parallel: {data: 1}").replace("seq_length: 64", "seq_length: 256")
     (folder / "run.yaml").write_text(text)
-    tidar(folder, "pretrain", "run.yaml", "run_dir=whole")
     return folder
+
+
+@pytest.fixture(scope="module")
+def work(corpus):
+    """The same with a finished run."""
+    tidar(corpus, "pretrain", "run.yaml", "run_dir=whole")
+    return corpus
 
 
 @pytest.fixture
@@ -224,28 +231,41 @@ def test_each_kind_of_layers_goes_on_from_the_others_checkpoint(work, first, the
         assert mixed[step][0] == pytest.approx(figures[0], rel=2e-2)
 
 
+def last_20_of_200_steps(folder: Path, *precision: str) -> float:
+    """Mean loss on real text, of a model that has learnt something by then."""
+    shape = ["model.hidden_size=256", "model.ffn_hidden_size=512", "model.num_layers=4", "train.micro_batch_size=8"]
+    overrides = [f"data.path={folder / 'corpus'}", "train.steps=200", "precision.layers=te", *shape, *precision]
+    curve = alone(training_on_text, config_module.load(folder / "run.yaml", overrides))
+    assert curve[-1] < curve[0] - 1
+    return sum(curve[-20:]) / 20
+
+
+@pytest.fixture(scope="module")
+def bf16_end(corpus):
+    need_engine()
+    return last_20_of_200_steps(corpus)
+
+
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
 @pytest.mark.parametrize("gather", [False, True])
-def test_200_steps_in_fp8_learn_what_bf16_learns(work, say, recipe, gather):
-    need_engine()
+def test_200_steps_in_fp8_learn_what_bf16_learns(corpus, bf16_end, say, recipe, gather):
     if recipe not in recipes():
         pytest.skip(f"this GPU, CUDA or Transformer Engine has no {recipe}; it has {recipes()}")
     if gather and recipe == "mxfp8":
         pytest.skip("megatron gathers mxfp8 weights in bf16")
-    shape = ["model.hidden_size=256", "model.ffn_hidden_size=512", "model.num_layers=4"]
-    common = [*shape, "train.steps=200", "train.eval_interval=0", "checkpoint.interval=200", "precision.layers=te"]
-    if not (work / "bf16").exists():
-        tidar(work, "pretrain", "run.yaml", "run_dir=bf16", *common)
-    run = f"{recipe}_{gather}"
-    fp8 = [f"precision.fp8={recipe}", f"precision.fp8_param_gather={str(gather).lower()}"]
-    tidar(work, "pretrain", "run.yaml", f"run_dir={run}", *common, *fp8)
-    ends = []
-    for name in ("bf16", run):
-        curve = [line["loss"] for _, line in sorted(metrics(work, name).items())]
-        ends.append(sum(curve[-20:]) / 20)
-        assert ends[-1] < curve[0] - 1
-    say("last 20 of 200 steps", {"bf16": ends[0], run: ends[1]})
-    assert ends[1] == pytest.approx(ends[0], rel=1e-2)
+    found = last_20_of_200_steps(corpus, f"precision.fp8={recipe}", f"precision.fp8_param_gather={gather}")
+    say(f"last 20 of 200 steps, gathered in FP8: {gather}", {"bf16": bf16_end, recipe: found})
+    assert found == pytest.approx(bf16_end, rel=1e-2)
+
+
+def test_a_run_in_fp8_resumes(work):
+    need_engine()
+    fp8 = ("precision.fp8=tensorwise", "precision.fp8_param_gather=true", "optimizer.schedule=constant")
+    tidar(work, "pretrain", "run.yaml", "run_dir=fp8_halves", *fp8, "train.steps=8")
+    tidar(work, "pretrain", "run.yaml", "run_dir=fp8_halves", *fp8)
+    tidar(work, "pretrain", "run.yaml", "run_dir=fp8_whole", *fp8)
+    for step, figures in losses(work, "fp8_whole").items():
+        assert losses(work, "fp8_halves")[step][0] == pytest.approx(figures[0], rel=2e-2)
 
 
 def test_an_offloaded_optimizer_trains_alike_and_resumes(work):
@@ -259,10 +279,9 @@ def test_an_offloaded_optimizer_trains_alike_and_resumes(work):
         assert losses(work, "offload")[step][0] == pytest.approx(figures[0], rel=2e-2)
 
 
-def training(config: Config, vocab: int, steps: int) -> dict:
-    """Steps on one batch of random text: loss of each, and of the later ones speed, utilisation and peak memory."""
-    from tidar_mega import device, methods, plan
-    from tidar_mega.bench.text import RandomText
+def take_steps(config: Config, vocab: int, mask: int, text, step_text: Callable[[int], int], steps: int):
+    """For each step: its loss, the seconds it took, and what it counted. `step_text(step)` is its first sample."""
+    from tidar_mega import device, methods
     from tidar_mega.model import gpt
     from tidar_mega.parallel.mesh import build_mesh
     from tidar_mega.train import optim
@@ -272,25 +291,44 @@ def training(config: Config, vocab: int, steps: int) -> dict:
     chunks = optim.wrap(config, gpt.build(config, vocab))
     optimizer = optim.build_optimizer(config, chunks)
     scheduler = optim.build_scheduler(config, optimizer)
-    token_bytes = torch.ones(vocab, device=device.device())
-    task = Task(config, mesh, methods.load(config, vocab - 1), chunks, token_bytes)
+    task = Task(config, mesh, methods.load(config, mask), chunks, torch.ones(vocab, device=device.device()))
+    for step in range(steps):
+        batch = list(micro_batches(task, text, step_text(step), config.train.global_batch_size))
+        found: dict = {}
+
+        def one_step(batch=batch, found=found) -> None:
+            found.update(accumulate_gradients(task, batch))
+            optim.update(optimizer, config.optimizer.clip_grad)
+            scheduler.step(1)
+
+        seconds = device.seconds(one_step)
+        yield summarise(task, found)["loss"], seconds, found
+
+
+def training_on_text(config: Config) -> list[float]:
+    """The loss of every step."""
+    from tidar_mega.data.stream import open_stream
+
+    text = open_stream(config.data.path, "train", config.data.seq_length, config.train.seed)
+    vocab, batch, tokenizer = text.tokenizer.vocab_size, config.train.global_batch_size, text.tokenizer
+    steps = take_steps(config, vocab, tokenizer.mask, text, lambda step: step * batch, config.train.steps)
+    return [loss for loss, _, _ in steps]
+
+
+def training(config: Config, vocab: int, steps: int) -> dict:
+    """Steps on one batch of random text: loss of each, and of the later ones speed, utilisation and peak memory."""
+    from tidar_mega import device, plan
+    from tidar_mega.bench.text import RandomText
+    from tidar_mega.model import gpt
+
     text = RandomText(vocab - 1, config.data.seq_length)
-    curve, seconds = [], []
-    for _ in range(steps):
-        batch = list(micro_batches(task, text, 0, config.train.global_batch_size))
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        sums = accumulate_gradients(task, batch)
-        optim.update(optimizer, config.optimizer.clip_grad)
-        scheduler.step(1)
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-        curve.append(summarise(task, sums)["loss"])
+    taken = take_steps(config, vocab, vocab - 1, text, lambda step: 0, steps)
+    curve, seconds, (*_, sums) = zip(*taken, strict=True)
     best = min(seconds[1:])
     work = (float(sums[f"count.{name}"]) for name in ("rows", "pairs", "head_rows"))
     flops = plan.training_flops(config, gpt.padded_vocab_size(config, vocab), *work)
     return {
-        "loss": curve,
+        "loss": list(curve),
         "tokens_per_second": float(sums["count.tokens"]) / best,
         "rows_per_second": float(sums["count.rows"]) / best,
         "model_flop_utilisation": flops / best / device.peak_flops(config.precision.dtype),

@@ -171,5 +171,9 @@ def _page_mask(cache: PagedCache, length_N: Tensor, page_NW: Tensor, rows: int) 
 
 @functools.cache
 def _flex(compiled: bool):
-    # the number of requests and of their pages changes from step to step
-    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
+    if not compiled:
+        return flex_attention
+    # The numbers of requests, rows and pages change from step to step. One kernel serves all but those that are 1: with
+    # torch's limit of 8, the last kinds would be computed without a kernel, from the scores of all pages.
+    torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
+    return torch.compile(flex_attention, dynamic=True)
