@@ -47,6 +47,7 @@ _ZERO_OR_MORE = (
     "train.position_weight",
     "train.focal_weight",
     "train.chain_weight",
+    "train.clean_weight",
     "launch.max_restarts",
     "launch.max_idle_restarts",
     "optimizer.min_lr",
@@ -78,6 +79,8 @@ def check(config: Config) -> None:
         if config.method == "ar":
             value, allowed = getattr(t, key), "0 with method = ar, which drafts nothing"
             _require(value == 0, f"train.{key}", value, allowed, "or set method = tidar")
+    if t.balance_clean:
+        _require(config.method == "idlm", "train.balance_clean", True, f"false with method = {config.method}")
     _require(0 < t.draft_fraction <= 1, "train.draft_fraction", t.draft_fraction, "above 0 and at most 1")
     for key, beta in {"optimizer.beta1": o.beta1, "optimizer.beta2": o.beta2}.items():
         _require(0 <= beta < 1, key, beta, "0 or more and below 1")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tidar_mega import config as config_module
-from tidar_mega import device
+from tidar_mega import device, methods
 from tidar_mega.checkpoint import convert, store
 from tidar_mega.checkpoint.state import sharded_weights
 from tidar_mega.config import Config
@@ -103,10 +103,11 @@ def load_engine(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     mesh = build_mesh(config)
     tokenizer = Tokenizer.load(checkpoint / "tokenizer")
     model, d = InferenceModel(load_model(checkpoint, config)), config.decode
+    drafter = methods.load(config, tokenizer.mask).drafter
     engine = Engine(
         model,
         tokenizer,
-        d.block or config.train.block,
+        d.block or config.train.block + drafter.ahead,
         d.capacity,
         batch=d.batch,
         prefill_chunk=d.prefill_chunk,
@@ -114,6 +115,7 @@ def load_engine(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         cache_tokens=d.cache_tokens,
         replicas=mesh.data if mesh.data_size > 1 else None,
         cuda_graphs=d.cuda_graphs,
+        drafter=drafter,
     )
     loaded = Loaded(engine, tokenizer, config, checkpoint, mesh)
     if d.outcomes == "auto":
