@@ -282,7 +282,7 @@ def _peer(loaded: Loaded, folder: Path) -> Transformers | None:
     except ImportError:
         print('transformers is left out: not installed; pip install "tidar_mega[eval]"')
         return None
-    written = write_transformers(loaded.checkpoint, loaded.config, folder / "model")
+    written = write_transformers(loaded.checkpoint, loaded.config, folder / "model", loaded.mesh)
     return Transformers(written, loaded.engine.model.dtype, loaded.engine.model.device)
 
 

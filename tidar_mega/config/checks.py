@@ -48,6 +48,7 @@ _ZERO_OR_MORE = (
     "train.focal_weight",
     "train.chain_weight",
     "train.clean_weight",
+    "lora.rank",
     "launch.max_restarts",
     "launch.max_idle_restarts",
     "optimizer.min_lr",
@@ -88,6 +89,7 @@ def check(config: Config) -> None:
     _check_parallel(config)
     _check_precision(config)
     _check_schedule(config)
+    _check_lora(config)
     _check_decode(config)
 
 
@@ -171,6 +173,22 @@ def _check_precision(config: Config) -> None:
         _require(kept <= layers, "precision.bf16_first_layers", precision.bf16_first_layers, allowed)
         allowed = "tensorwise, blockwise or mxfp8 with layers kept in bf16: delayed scaling knows one recipe for all"
         _require(precision.fp8 != "delayed", "precision.fp8", precision.fp8, allowed)
+
+
+def _check_lora(config: Config) -> None:
+    lora, targets = config.lora, ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+    if lora.rank == 0:
+        return
+    _require(lora.alpha > 0, "lora.alpha", lora.alpha, "above 0")
+    ok = bool(lora.targets) and set(lora.targets) <= set(targets) and len(set(lora.targets)) == len(lora.targets)
+    _require(ok, "lora.targets", lora.targets, f"some of {', '.join(targets)}")
+    allowed = "the run or checkpoint whose weights stay frozen under the adapters of lora.rank"
+    _require(config.train.init_from is not None, "train.init_from", None, allowed, "or set lora.rank = 0")
+    allowed = "0 with method = ar, which has no mask rows for adapters to act on"
+    _require(config.method != "ar", "lora.rank", lora.rank, allowed)
+    layers, allowed = config.precision.layers, "auto or local with lora.rank: adapters sit in megatron's own layers"
+    _require(layers != "te", "precision.layers", layers, allowed)
+    _require(config.precision.fp8 == "none", "precision.fp8", config.precision.fp8, "none with lora.rank")
 
 
 def _check_schedule(config: Config) -> None:

@@ -42,6 +42,7 @@ class TrainConfig:
     global_batch_size: int = 16  # sequences of one optimizer step, over all processes
     micro_batch_size: int = 8  # sequences of one forward on one process
     seed: int = 1234
+    init_from: str | None = None  # a run or checkpoint whose weights a new run begins with, of any method and layout
     block: int = 4  # masks of a block: the draft length (B), AR's own token counted by method tidar, not by idlm
     alpha: float = 1.0  # loss = (alpha * CE_AR + CE_draft) / (1 + alpha)
     clean_weight: float = 0.2  # method idlm: loss = CE_draft + clean_weight * CE_AR
@@ -58,6 +59,16 @@ class TrainConfig:
     eval_interval: int = 200  # steps between validations; 0 = only at the end
     eval_sequences: int = 64  # held-out sequences of a periodic validation
     final_eval_sequences: int = 4096  # of the validation at the end, at most all
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Lossless LoRA: adapters on mask rows alone, over the frozen weights of `train.init_from`, whose AR half stays as
+    it is, bit by bit. A checkpoint then holds the adapters and names its base."""
+
+    rank: int = 0  # 0 = none
+    alpha: float = 32.0  # what an adapter gives is multiplied by alpha / rank
+    targets: list[str] = field(default_factory=lambda: ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"])
 
 
 @dataclass(frozen=True)
@@ -173,6 +184,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
