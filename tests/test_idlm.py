@@ -130,43 +130,31 @@ def plain_loss(weights: dict, config: config_module.Config) -> torch.Tensor:
 
 
 LOSSES = {"fixed": {}, "weight 0.7": {"clean_weight": 0.7}, "balanced": {"balance_clean": True}, "left-to-right": ALL}
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("losses", LOSSES)
-@pytest.mark.parametrize("backend", ["dense", "tiles"])
-def test_a_step_equals_the_plain_model(losses, backend):
-    config = idlm(LOSSES[losses], model={"attention": backend})
-    (got,) = processes.run(one_step, 1, config)
-    weights = {n: w.double().requires_grad_() for n, w in got["weights"].items()}
-    loss = plain_loss(weights, config)
-    assert got["figures"]["loss"] == pytest.approx(float(loss), rel=2e-6)
-    gradients = torch.autograd.grad(loss, list(weights.values()))
-    for name, expected in zip(weights, gradients, strict=True):
-        error = (got["gradients"][name] - expected).abs().max() / expected.abs().max()
-        assert error < 2e-5, f"{name}: {error}"
-
-
-def test_a_balanced_loss_needs_the_method_that_has_it():
-    with pytest.raises(ConfigError, match=r"train.balance_clean = True: must be false with method = tidar"):
-        config_module.from_tree({"train": {"balance_clean": True}})
-
-
-# layouts
-
-LAYOUTS = {
-    "data 2": (2, {"data": 2}),
-    "tensor 2": (2, {"tensor": 2}),
-    "tensor 2, sequence": (2, {"tensor": 2, "sequence": True}),
-    "context 2": (2, {"context": 2}),
-    "pipeline 2": (2, {"pipeline": 2}),
-    "tensor 2, sequence, context 2": (4, {"tensor": 2, "sequence": True, "context": 2}),
-    "overlapped, data 2": (2, {"data": 2, "overlap_grad_reduce": True, "overlap_param_gather": True}),
-}
 VARIANTS = {
     "balanced": {"balance_clean": True, **ALL},
     "subset": {"draft_fraction": 0.5, "random_offset": True, "balance_clean": True},
 }
+LAYOUTS = {
+    "data 2": {"data": 2},
+    "tensor 2": {"tensor": 2},
+    "tensor 2, sequence": {"tensor": 2, "sequence": True},
+    "context 2": {"context": 2},
+    "pipeline 2": {"pipeline": 2},
+    "overlapped, data 2": {"data": 2, "overlap_grad_reduce": True, "overlap_param_gather": True},
+}
+
+
+def steps(rank: int, configs: dict) -> dict:
+    """One world for many: starting one takes longer than a step."""
+    return {name: one_step(rank, config) for name, config in configs.items()}
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict:
+    """Steps of one process: of every loss with both backends, and of what the layouts divide."""
+    backends = [(name, backend) for name in LOSSES for backend in ("dense", "tiles")]
+    configs = {(name, backend): idlm(LOSSES[name], model={"attention": backend}) for name, backend in backends}
+    return processes.run(steps, 1, configs | {variant: divided(variant) for variant in VARIANTS})[0]
 
 
 def divided(variant: str, **parallel) -> config_module.Config:
@@ -174,30 +162,52 @@ def divided(variant: str, **parallel) -> config_module.Config:
 
 
 @pytest.fixture(scope="module")
-def alone() -> dict:
-    return {variant: processes.run(one_step, 1, divided(variant))[0] for variant in VARIANTS}
+def in_layouts() -> list[dict]:
+    """The same steps of two processes, by rank."""
+    pairs = [(layout, variant) for layout in LAYOUTS for variant in VARIANTS]
+    return processes.run(
+        steps, 2, {(layout, variant): divided(variant, **LAYOUTS[layout]) for layout, variant in pairs}
+    )
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("losses", LOSSES)
+@pytest.mark.parametrize("backend", ["dense", "tiles"])
+def test_a_step_equals_the_plain_model(losses, backend, alone):
+    config, got = idlm(LOSSES[losses], model={"attention": backend}), alone[losses, backend]
+    weights = {n: w.double().requires_grad_() for n, w in got["weights"].items()}
+    loss = plain_loss(weights, config)
+    assert got["figures"]["loss"] == pytest.approx(loss.item(), rel=2e-6)
+    gradients = torch.autograd.grad(loss, list(weights.values()))
+    for name, expected in zip(weights, gradients, strict=True):
+        error = (got["gradients"][name] - expected).abs().max() / expected.abs().max()
+        assert error < 2e-5, f"{name}: {error}"
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_equals_one_process(layout, variant, alone):
-    count, parallel = LAYOUTS[layout]
-    results, expected = processes.run(one_step, count, divided(variant, **parallel)), alone[variant]
+def test_every_layout_equals_one_process(layout, variant, alone, in_layouts):
+    results, expected = [result[layout, variant] for result in in_layouts], alone[variant]
     for got in results:
         for name, value in expected["figures"].items():
             assert got["figures"][name] == pytest.approx(value, rel=5e-6), name
         assert got["norm"] == pytest.approx(expected["norm"], rel=2e-5)
-    if set(parallel) <= {"tensor", "sequence"}:  # else each rank holds a part of the sum, or of the layers
+    if LAYOUTS[layout].get("tensor"):  # else each rank holds a part of the sum, or of the layers
         for name, gradient in expected["gradients"].items():
             joined = full_gradient(name, [r["gradients"][name] for r in results])
             assert (joined - gradient).abs().max() / gradient.abs().max() < 2e-5, name
 
 
+def test_a_balanced_loss_needs_the_method_that_has_it():
+    with pytest.raises(ConfigError, match=r"train.balance_clean = True: must be false with method = tidar"):
+        config_module.from_tree({"train": {"balance_clean": True}})
+
+
 # decoding
 
 TRAINED = 3  # masks of a block in training: the trained stride is 4
-STEPS = 300
+STEPS, COUNT = 300, 32
 SETTINGS = {
     "greedy": SamplingParams(max_tokens=24),
     "t0.7": SamplingParams(max_tokens=24, temperature=0.7, seed=1),
@@ -255,18 +265,18 @@ def seeds(name: str, count: int) -> list[SamplingParams]:
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_strided_decoding_is_ar_decoding(trained, untrained, prompts, setting):  # noqa: F811
     """Strides other than the trained one, every choice of outcomes, batches of one and of many."""
-    params = seeds(setting, 60)
+    params = seeds(setting, COUNT)
     for model in (trained, untrained):
-        expected = [g.tokens for g in engine(model).generate(prompts[:60], params, "ar")]
+        expected = [g.tokens for g in engine(model).generate(prompts[:COUNT], params, "ar")]
         per_forward = {}
-        for block, outcomes in ((2, "last"), (4, "last"), (4, "all"), (4, "none"), (7, "last"), (7, [2, 5])):
-            found = engine(model, block, outcomes, batch=13, prefill_chunk=17).generate(prompts[:60], params)
+        for block, outcomes in ((2, "last"), (4, "last"), (4, "all"), (4, "none"), (7, [2, 7])):
+            found = engine(model, block, outcomes, batch=13, prefill_chunk=17).generate(prompts[:COUNT], params)
             assert [g.tokens for g in found] == expected, (block, outcomes)
             accepted = [r for g in found for r in g.accepted]
-            per_forward[block, str(outcomes)] = sum(g.tokens_per_forward for g in found) / 60
+            per_forward[block, str(outcomes)] = sum(g.tokens_per_forward for g in found) / COUNT
             if model is trained:
                 assert min(accepted) == 1 and max(accepted) >= min(block, 4), "both outcomes of a test must occur"
-        for i in range(0, 60, 12):
+        for i in range(0, COUNT, 8):
             (one,) = engine(model, batch=1).generate([prompts[i]], [params[i]])
             assert one.tokens == expected[i]
         if model is trained:

@@ -77,8 +77,9 @@ def check(config: Config) -> None:
     _choice("parallel.recompute", p.recompute, ("none", "selective", "full"))
     _choice("optimizer.schedule", o.schedule, ("cosine", "wsd", "constant"))
     for key in ("position_weight", "focal_weight", "chain_weight"):
-        if config.method == "ar":
-            value, allowed = getattr(t, key), "0 with method = ar, which drafts nothing"
+        if config.method in ("ar", "block_diffusion"):
+            reason = "drafts nothing" if config.method == "ar" else "has blocks that are masked in part"
+            value, allowed = getattr(t, key), f"0 with method = {config.method}, which {reason}"
             _require(value == 0, f"train.{key}", value, allowed, "or set method = tidar")
     if t.balance_clean:
         _require(config.method == "idlm", "train.balance_clean", True, f"false with method = {config.method}")

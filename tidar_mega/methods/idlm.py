@@ -39,8 +39,8 @@ class IntrospectiveDiffusion(Tidar):
     def training_rows(self, clean: Rows, sample: Tensor) -> Rows:
         return super().training_rows(replace(clean, causal_in_group=True), sample)
 
-    def masks(self, clean: Rows, offset_B: Tensor) -> Rows:
-        return replace(super().masks(clean, offset_B), label=clean.label, weight=clean.weight)
+    def masks(self, clean: Rows, offset_B: Tensor, sample: Tensor) -> Rows:
+        return replace(super().masks(clean, offset_B, sample), label=clean.label, weight=clean.weight)
 
 
 METHOD = IntrospectiveDiffusion

@@ -43,12 +43,12 @@ class Tidar:
         if self.random_offset:
             draw = [torch.randint(self.block, (), generator=generator(self.seed, "offset", int(i))) for i in sample]
             offset_B = torch.stack(draw)
-        masks = self.masks(clean, offset_B)
+        masks = self.masks(clean, offset_B, sample)
         if self.fraction < 1:
             masks = self._subset(masks, sample)
         return concatenate([clean, masks], dim=1)
 
-    def masks(self, clean: Rows, offset_B: Tensor) -> Rows:
+    def masks(self, clean: Rows, offset_B: Tensor, sample: Tensor) -> Rows:
         """One mask row per clean row, see `mask_rows`."""
         return mask_rows(clean, self.mask_id, self.block, offset_B)
 

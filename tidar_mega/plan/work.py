@@ -37,12 +37,13 @@ def sequence_work(config: Config) -> Work:
     length, block, drafted = config.data.seq_length, config.train.block, drafted_rows(config)
     tile = min(ATTENTION_TILE, length)
     unseen = (block - 1) / 2 if config.method == "idlm" else 0
+    masked = (block + 1) / (2 * block) if config.method == "block_diffusion" else 1  # others have no loss
     below, own = (length + drafted) * (length + tile) / 2, drafted * max(tile, block)
     return Work(
         rows=length + drafted,
         pairs=length * (length + 1) / 2 + drafted * ((length + block) / 2 - unseen),
         tile_pairs=below + own,
-        head_rows=length + drafted,
+        head_rows=length + round(drafted * masked),
     )
 
 
