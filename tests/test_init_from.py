@@ -3,6 +3,7 @@ adapters that are saved alone and know their base."""
 
 from __future__ import annotations
 
+import gc
 import shutil
 from pathlib import Path
 
@@ -26,7 +27,14 @@ TREE = {
         "num_query_groups": 2,
     },
     "data": {"seq_length": 64},
-    "train": {"steps": 4, "global_batch_size": 4, "micro_batch_size": 2, "block": 2, "eval_interval": 0},
+    "train": {
+        "steps": 4,
+        "global_batch_size": 4,
+        "micro_batch_size": 2,
+        "block": 2,
+        "eval_interval": 0,
+        "final_eval_sequences": 2,
+    },
     "optimizer": {"lr": 3e-3, "warmup_steps": 1},
     "precision": {"dtype": "bf16"},
     "checkpoint": {"interval": 4, "keep_last": 9},
@@ -48,6 +56,7 @@ def run(config: config_module.Config) -> list[Path]:
     from tidar_mega.train.loop import train
 
     train(config, build_mesh(config), StopRequest())
+    gc.collect()  # what holds the lock of the run folder until the process ends
     return sorted((Path(config.run_dir) / "checkpoints").glob("step_*"))
 
 

@@ -15,6 +15,7 @@ from tidar_mega.checkpoint import state, store
 from tidar_mega.checkpoint.store import CheckpointError
 from tidar_mega.config import Config
 from tidar_mega.model.gpt import HybridGPT
+from tidar_mega.model.spec import set_weight
 from tidar_mega.parallel.mesh import Mesh
 
 # The shape of the weights: what a model must share with the checkpoint that it takes them from, and with its own.
@@ -75,7 +76,11 @@ class Base:
             )
         loaded = store.load(self.path, state.sharded_base(chunks))
         for i, chunk in enumerate(chunks):
-            state.fill(chunk, loaded[f"model{i}"])
+            weights = loaded[f"model{i}"]
+            state.fill(chunk, weights)
+            for name, weight in chunk.named_parameters():
+                if name in weights:  # one that is kept in FP8 also remembers what its float32 copy is made from
+                    set_weight(weight, weights[name])
 
     def check_adapters(self, path: Path, meta: dict) -> None:
         """Raises CheckpointError if the adapters of the checkpoint at `path` were trained over another base."""

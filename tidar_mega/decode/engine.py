@@ -274,9 +274,7 @@ class Engine:
             )
         if self.drafter.ahead and (mode == "blocks" or params.rule == "mixed"):
             asked = "mode = blocks" if mode == "blocks" else f"beta = {params.beta}"
-            raise UserError(
-                f"{asked}: this model's masks say nothing of their own place; use mode = fused and beta = 1"
-            )
+            raise UserError(f"{asked}: this model's masks predict the next place; use mode = fused and beta = 1")
         stops = {self.specials.eod} if params.stop_tokens is None else set(params.stop_tokens)
         limit = min(params.max_tokens, self.capacity - len(prompt))
         request = Request(number, prompt, params, mode, limit, frozenset(stops), decode)

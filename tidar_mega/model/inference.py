@@ -138,9 +138,8 @@ class _Layer:
 
     def _attention(self, x_TBD: Tensor, rotation: tuple, context: AttentionContext, masks: Masks | None) -> Tensor:
         (T, B, _), G, J, E = x_TBD.shape, self.key_heads, self.heads_per_key, self.width
-        mixed_TBGJE = self.qkv(x_TBD, masks).view(
-            T, B, G, J + 2, E
-        )  # megatron's order: a key head's queries, key and value
+        # megatron's order: a key head's queries, key and value
+        mixed_TBGJE = self.qkv(x_TBD, masks).view(T, B, G, J + 2, E)
         if self.normalises:
             q_TBGJE, k_TBG1E = self.q_norm(mixed_TBGJE[..., :J, :]), self.k_norm(mixed_TBGJE[..., J : J + 1, :])
             turned_TBGJE = _rotate(torch.cat([q_TBGJE, k_TBG1E], dim=3), *rotation)

@@ -184,7 +184,8 @@ def _whole(task: Task, losses: RowLosses, rows: Rows, part: Part) -> tuple[Rows,
 
 def _head_weight(chunk: DistributedDataParallel) -> Tensor:
     weight = chunk.module.head_weight
-    if chunk.ddp_config.overlap_param_gather:  # megatron waits in the layer's own call, which the loss goes around
+    # megatron waits in the layer's own call, which the loss goes around; what is frozen is never gathered
+    if chunk.ddp_config.overlap_param_gather and weight.requires_grad:
         chunk.param_to_bucket_group[weight].finish_param_sync(chunk.ddp_config.align_param_gather)
     return weight
 
