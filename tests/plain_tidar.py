@@ -49,20 +49,23 @@ class PlainTidar:
         scale = torch.rsqrt(x.pow(2).mean(dim=-1, keepdim=True) + self.shape["norm_epsilon"])
         return x * scale * self.w[f"{name}.weight"]
 
+    def linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        return F.linear(x, self.w[f"{name}.weight"])
+
     def hidden(self, token: torch.Tensor, position: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
         """Hidden states [T, D] after the final norm for one sequence of T rows."""
         x = self.w["embedding.word_embeddings.weight"][token]
         for i in range(self.shape["num_layers"]):
             p = f"decoder.layers.{i}."
             x = x + self.attention(self.norm(x, p + "input_layernorm"), p + "self_attention.", position, allowed)
-            gate, up = F.linear(self.norm(x, p + "pre_mlp_layernorm"), self.w[p + "mlp.linear_fc1.weight"]).chunk(2, -1)
-            x = x + F.linear(F.silu(gate) * up, self.w[p + "mlp.linear_fc2.weight"])
+            gate, up = self.linear(self.norm(x, p + "pre_mlp_layernorm"), p + "mlp.linear_fc1").chunk(2, -1)
+            x = x + self.linear(F.silu(gate) * up, p + "mlp.linear_fc2")
         return self.norm(x, "decoder.final_layernorm")
 
     def attention(self, x: torch.Tensor, p: str, position: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
         heads, groups = self.shape["num_attention_heads"], self.shape["num_query_groups"]
         size, share = x.shape[0], heads // groups
-        qkv = F.linear(x, self.w[p + "linear_qkv.weight"]).view(size, groups, share + 2, -1)
+        qkv = self.linear(x, p + "linear_qkv").view(size, groups, share + 2, -1)
         q = qkv[:, :, :share].reshape(size, heads, -1)
         k, v = qkv[:, :, share], qkv[:, :, share + 1]
         if self.shape["qk_layernorm"]:
@@ -72,7 +75,7 @@ class PlainTidar:
         v = v.transpose(0, 1).repeat_interleave(share, dim=0)
         score = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
         out = score.masked_fill(~allowed, float("-inf")).softmax(dim=-1) @ v
-        return F.linear(out.transpose(0, 1).reshape(size, -1), self.w[p + "linear_proj.weight"])
+        return self.linear(out.transpose(0, 1).reshape(size, -1), p + "linear_proj")
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         name = "embedding.word_embeddings.weight" if self.shape["tie_embeddings"] else "output_layer.weight"

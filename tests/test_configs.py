@@ -147,6 +147,27 @@ def run_dir(words: list[str]) -> str:
     return config.load(ROOT / words[0], words[1:]).run_dir
 
 
+IDLM = ROOT / "configs" / "idlm.yaml"
+IDLM_SMALL = SMALL | {"data.seq_length": 63, "parallel.data": 1}
+
+
+@pytest.mark.distributed
+def test_a_twin_of_every_command_of_the_idlm_config_runs(corpus):
+    """In the order of the comments: the AR model, I-DLM that begins from it, adapters over it, and their decoding."""
+    smaller = [f"{key}={value}" for key, value in IDLM_SMALL.items()]
+    trainings = commands(IDLM, "pretrain")
+    assert [run_dir(words) for words in trainings] == ["runs/idlm_base", "runs/idlm", "runs/idlm_lora"]
+    for words in trainings:
+        out = tidar(corpus, "pretrain", str(ROOT / words[0]), *words[1:], *smaller)
+        assert "done: 2 steps" in out
+    (words,) = commands(IDLM, "generate")
+    texts = []
+    for name in (words[0], "runs/idlm_base"):  # adapters say what their base says
+        tidar(corpus, "generate", name, *words[1:], "decode.max_tokens=12", "--json", f"{Path(name).name}.json")
+        texts.append(json.loads((corpus / f"{Path(name).name}.json").read_text())["text"])
+    assert texts[0] == texts[1]
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("run", TWINS)
 def test_a_twin_trains(run, corpus):

@@ -168,10 +168,10 @@ def _edges(count: int, chunk: int, terms: _TermsOfRows | None) -> list[int]:
 class _HeadCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, head_VD, label_N, weight_N, group, edges, terms):
-        wants_gradient = hidden_ND.requires_grad or head_VD.requires_grad
+        wants_gradient, wants_head = hidden_ND.requires_grad or head_VD.requires_grad, head_VD.requires_grad
         grad_hidden_ND = torch.empty_like(hidden_ND) if wants_gradient else None
         # summed over chunks in float32 so that the gradient does not depend on how many chunks there are
-        grad_head_VD = torch.zeros_like(head_VD, dtype=torch.float32) if wants_gradient else None
+        grad_head_VD = torch.zeros_like(head_VD, dtype=torch.float32) if wants_head else None
         losses, predictions, more = [], [], weight_N.new_zeros(())
         for at in map(slice, edges[:-1], edges[1:]):
             logits_CV = (hidden_ND[at] @ head_VD.t()).float()
@@ -185,18 +185,20 @@ class _HeadCrossEntropy(torch.autograd.Function):
             if wants_gradient:
                 gradient_CV = logit_gradient_CV.mul_(weight_C[:, None]).to(hidden_ND.dtype)
                 grad_hidden_ND[at] = gradient_CV @ head_VD
+            if wants_head:
                 grad_head_VD += gradient_CV.t() @ hidden_ND[at]
         loss_N = torch.cat(losses) if losses else weight_N.new_zeros(0)
         prediction_N = torch.cat(predictions) if predictions else label_N
         if wants_gradient:
-            ctx.save_for_backward(grad_hidden_ND, grad_head_VD.to(head_VD.dtype))
+            ctx.save_for_backward(grad_hidden_ND, grad_head_VD.to(head_VD.dtype) if wants_head else None)
         ctx.mark_non_differentiable(loss_N, prediction_N)
         return (loss_N * weight_N).sum() + more, loss_N, prediction_N
 
     @staticmethod
     def backward(ctx, grad_total, *_):
         grad_hidden_ND, grad_head_VD = ctx.saved_tensors
-        return grad_hidden_ND * grad_total, grad_head_VD * grad_total, None, None, None, None, None
+        grad_head_VD = None if grad_head_VD is None else grad_head_VD * grad_total
+        return grad_hidden_ND * grad_total, grad_head_VD, None, None, None, None, None
 
 
 def _vocabulary_parallel(logits_CV: Tensor, label_C: Tensor, group) -> tuple[Tensor, Tensor, Tensor]:

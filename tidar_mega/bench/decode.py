@@ -95,7 +95,7 @@ def compare(loaded: Loaded, prompts: Sequence[Sequence[int]], args: argparse.Nam
         for temperature in args.temperatures:
             rows += _setting(loaded, prompts, args, peer, batch, temperature)
     fused = [row for row in rows if row["way"] == "fused"]
-    trained = loaded.config.decode.block or loaded.config.train.block
+    trained = loaded.engine.block
     main = next((row for row in fused if row["block"] == trained), fused[0])
     sampled = [
         r for r in fused if (r["block"], r["batch"], r["outcomes"]) == (main["block"], main["batch"], main["outcomes"])
@@ -195,6 +195,7 @@ def _engine(kind: type[Engine], loaded: Loaded, model, batch: int, block: int, o
         named,
         replicas=loaded.engine.replicas,
         cuda_graphs=d.cuda_graphs,
+        drafter=loaded.engine.drafter,
     )
     if outcomes == "auto":
         engine.choose_outcomes(loaded.latency())
@@ -281,7 +282,7 @@ def _peer(loaded: Loaded, folder: Path) -> Transformers | None:
     except ImportError:
         print('transformers is left out: not installed; pip install "tidar_mega[eval]"')
         return None
-    written = write_transformers(loaded.checkpoint, loaded.config, folder / "model")
+    written = write_transformers(loaded.checkpoint, loaded.config, folder / "model", loaded.mesh)
     return Transformers(written, loaded.engine.model.dtype, loaded.engine.model.device)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tidar_mega import device
 from tidar_mega.checkpoint import torch_adam
+from tidar_mega.model import lora
 from tidar_mega.model.gpt import HybridGPT
 
 RANDOM = "random"  # the key of the random states on disk
@@ -71,7 +72,7 @@ def template(state: TrainState, same_layout: bool) -> dict:
 
 
 def _template(state: TrainState, is_loading: bool) -> dict:
-    parts = {name: model.sharded_state_dict(metadata=sharding()) for name, model in _chunks(state).items()}
+    parts = {name: _weights(model, model.has_adapters) for name, model in _chunks(state).items()}
     parts["optimizer"] = state.optimizer.sharded_state_dict(parts, is_loading=is_loading, metadata=sharding())
     parts["scheduler"] = state.scheduler.state_dict()
     parts["progress"] = asdict(state.progress)
@@ -80,23 +81,35 @@ def _template(state: TrainState, is_loading: bool) -> dict:
 
 
 def size_bytes(state: TrainState) -> int:
-    """Collective. About what a checkpoint takes on disk: the weights, and three float32 numbers of the optimizer for
-    each. It is the sum over the ranks that hold one replica of the model."""
-    mine = sum(p.numel() * (p.element_size() + 12) for chunk in state.chunks for p in chunk.parameters())
+    """Collective. About what a checkpoint takes on disk: the weights that are trained, and three float32 numbers of the
+    optimizer for each. It is the sum over the ranks that hold one replica of the model."""
+    trained = [p for chunk in state.chunks for p in chunk.parameters() if p.requires_grad]
+    mine = sum(p.numel() * (p.element_size() + 12) for p in trained)
     total = torch.tensor(mine, device=device.device())
     dist.all_reduce(total, group=parallel_state.get_model_parallel_group())
     return int(total)
 
 
 def sharded_weights(model: HybridGPT) -> dict:
-    """The weights alone, all that decoding needs."""
-    return {"model": model.sharded_state_dict(metadata=sharding())}
+    """What a checkpoint of this model holds of its weights: all that decoding needs, but for the base of adapters."""
+    return {"model": _weights(model, model.has_adapters)}
+
+
+def sharded_base(chunks: list[HybridGPT]) -> dict:
+    """The weights of a model without its adapters, chunk by chunk (`base.py`)."""
+    return {f"model{i}": _weights(chunk, adapters=False) for i, chunk in enumerate(chunks)}
+
+
+def _weights(model: HybridGPT, adapters: bool) -> dict:
+    """The adapters alone, or all other weights."""
+    whole = model.sharded_state_dict(metadata=sharding())
+    return {name: weight for name, weight in whole.items() if lora.is_adapter(name) == adapters}
 
 
 def restore(state: TrainState, loaded: dict) -> None:
     """Puts what `store.load` made of `template` into the live objects."""
     for name, model in _chunks(state).items():
-        _fill(model, loaded[name])
+        fill(model, loaded[name])
     torch_adam.load_state(state.optimizer, loaded["optimizer"])
     state.scheduler.num_steps = 0  # its load_state_dict adds the saved steps to those already taken
     state.scheduler.load_state_dict(loaded["scheduler"])
@@ -107,10 +120,18 @@ def restore(state: TrainState, loaded: dict) -> None:
     state.window = loaded["window"]
 
 
-def _fill(model: HybridGPT, weights: dict) -> None:
+def fill(model: HybridGPT, weights: dict) -> None:
+    """Puts loaded weights into the model: its own, those of its adapters or those of its base."""
     wrong = model.load_state_dict(weights, strict=False)
+    partly = {name for name in wrong.missing_keys if model.has_adapters and _is_other(name, weights)}
     # `store.load` has compared the names of all weights; a checkpoint made without FP8 has no states of it
-    assert all(key.endswith("._extra_state") for key in wrong.missing_keys + wrong.unexpected_keys), wrong
+    rest = [*(set(wrong.missing_keys) - partly), *wrong.unexpected_keys]
+    assert all(key.endswith("._extra_state") for key in rest), wrong
+
+
+def _is_other(name: str, weights: dict) -> bool:
+    """Whether a weight is of the kind, adapter or base, that is not among `weights`."""
+    return lora.is_adapter(name) != any(map(lora.is_adapter, weights))
 
 
 def _chunks(state: TrainState) -> dict[str, HybridGPT]:

@@ -47,6 +47,8 @@ _ZERO_OR_MORE = (
     "train.position_weight",
     "train.focal_weight",
     "train.chain_weight",
+    "train.clean_weight",
+    "lora.rank",
     "launch.max_restarts",
     "launch.max_idle_restarts",
     "optimizer.min_lr",
@@ -75,9 +77,12 @@ def check(config: Config) -> None:
     _choice("parallel.recompute", p.recompute, ("none", "selective", "full"))
     _choice("optimizer.schedule", o.schedule, ("cosine", "wsd", "constant"))
     for key in ("position_weight", "focal_weight", "chain_weight"):
-        if config.method == "ar":
-            value, allowed = getattr(t, key), "0 with method = ar, which drafts nothing"
+        if config.method in ("ar", "block_diffusion"):
+            reason = "drafts nothing" if config.method == "ar" else "has blocks that are masked in part"
+            value, allowed = getattr(t, key), f"0 with method = {config.method}, which {reason}"
             _require(value == 0, f"train.{key}", value, allowed, "or set method = tidar")
+    if t.balance_clean:
+        _require(config.method == "idlm", "train.balance_clean", True, f"false with method = {config.method}")
     _require(0 < t.draft_fraction <= 1, "train.draft_fraction", t.draft_fraction, "above 0 and at most 1")
     for key, beta in {"optimizer.beta1": o.beta1, "optimizer.beta2": o.beta2}.items():
         _require(0 <= beta < 1, key, beta, "0 or more and below 1")
@@ -85,6 +90,7 @@ def check(config: Config) -> None:
     _check_parallel(config)
     _check_precision(config)
     _check_schedule(config)
+    _check_lora(config)
     _check_decode(config)
 
 
@@ -168,6 +174,22 @@ def _check_precision(config: Config) -> None:
         _require(kept <= layers, "precision.bf16_first_layers", precision.bf16_first_layers, allowed)
         allowed = "tensorwise, blockwise or mxfp8 with layers kept in bf16: delayed scaling knows one recipe for all"
         _require(precision.fp8 != "delayed", "precision.fp8", precision.fp8, allowed)
+
+
+def _check_lora(config: Config) -> None:
+    lora, targets = config.lora, ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+    if lora.rank == 0:
+        return
+    _require(lora.alpha > 0, "lora.alpha", lora.alpha, "above 0")
+    ok = bool(lora.targets) and set(lora.targets) <= set(targets) and len(set(lora.targets)) == len(lora.targets)
+    _require(ok, "lora.targets", lora.targets, f"some of {', '.join(targets)}")
+    allowed = "the run or checkpoint whose weights stay frozen under the adapters of lora.rank"
+    _require(config.train.init_from is not None, "train.init_from", None, allowed, "or set lora.rank = 0")
+    allowed = "0 with method = ar, which has no mask rows for adapters to act on"
+    _require(config.method != "ar", "lora.rank", lora.rank, allowed)
+    layers, allowed = config.precision.layers, "auto or local with lora.rank: adapters sit in megatron's own layers"
+    _require(layers != "te", "precision.layers", layers, allowed)
+    _require(config.precision.fp8 == "none", "precision.fp8", config.precision.fp8, "none with lora.rank")
 
 
 def _check_schedule(config: Config) -> None:

@@ -42,8 +42,11 @@ class TrainConfig:
     global_batch_size: int = 16  # sequences of one optimizer step, over all processes
     micro_batch_size: int = 8  # sequences of one forward on one process
     seed: int = 1234
-    block: int = 4  # draft length (B)
+    init_from: str | None = None  # a run or checkpoint whose weights a new run begins with, of any method and layout
+    block: int = 4  # masks of a block: the draft length (B), AR's own token counted by method tidar, not by idlm
     alpha: float = 1.0  # loss = (alpha * CE_AR + CE_draft) / (1 + alpha)
+    clean_weight: float = 0.2  # method idlm: loss = CE_draft + clean_weight * CE_AR
+    balance_clean: bool = False  # and with stopgrad(CE_draft / CE_AR) in its place, for one forward more in each step
     draft_fraction: float = 1.0  # share of the blocks of a sequence that are drafted in a step
     random_offset: bool = False  # shift the block starts of each sequence by a random 0..block-1
     # left-to-right losses of a draft on top (arXiv 2606.11552), 0 = without; the paper gives 0.3 for the focal one
@@ -56,6 +59,16 @@ class TrainConfig:
     eval_interval: int = 200  # steps between validations; 0 = only at the end
     eval_sequences: int = 64  # held-out sequences of a periodic validation
     final_eval_sequences: int = 4096  # of the validation at the end, at most all
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Lossless LoRA: adapters on mask rows alone, over the frozen weights of `train.init_from`, whose AR half stays as
+    it is, bit by bit. A checkpoint then holds the adapters and names its base."""
+
+    rank: int = 0  # 0 = none
+    alpha: float = 32.0  # what an adapter gives is multiplied by alpha / rank
+    targets: list[str] = field(default_factory=lambda: ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"])
 
 
 @dataclass(frozen=True)
@@ -141,7 +154,7 @@ class DecodeConfig:
     """How `tidar generate`, `tidar bench decode` and evaluations decode; none of it is fixed by the training run."""
 
     mode: str = "fused"  # fused | ar | blocks: block diffusion, whose output is not AR's
-    block: int | None = None  # draft length at decode time; train.block when null
+    block: int | None = None  # draft length at decode time; null: the trained one, AR's own token counted
     # behind which outcomes of a verified draft the next one is made at once: auto | all | last | none | [1, 3, ..]
     outcomes: Any = "auto"
     dtype: str = "fp32"  # fp32 | bf16; only fp32 keeps near-ties, and so exactness, out of the kernels' hands
@@ -171,6 +184,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)

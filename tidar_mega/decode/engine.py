@@ -29,6 +29,7 @@ from tidar_mega.decode.latency import Latency
 from tidar_mega.decode.outcomes import Automatic, Drafting, Fixed
 from tidar_mega.decode.requests import Commit, Generation, Request
 from tidar_mega.decode.sampling import SamplingParams
+from tidar_mega.methods import IN_PLACE, Drafter
 from tidar_mega.model.inference import InferenceModel
 
 MODES = ("fused", "ar", "blocks")
@@ -59,6 +60,7 @@ class Engine:
     page           tokens of a page; None: what suits the device
     replicas       data-parallel group, whose members divide the prompts of `generate`; None: alone
     cuda_graphs    on a GPU, steps of decoding are recorded once and replayed (`graphs.py`)
+    drafter        how the masks draft, as the method of the training says; the default is TiDAR's
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Engine:
         page: int | None = None,
         replicas: dist.ProcessGroup | None = None,
         cuda_graphs: bool = True,
+        drafter: Drafter = IN_PLACE,
     ) -> None:
         page = page or (PAGE if model.device.type == "cuda" else 64)
         given = {"block": block, "batch": batch, "prefill_chunk": prefill_chunk, "page": page}
@@ -84,7 +87,8 @@ class Engine:
             raise UserError(f"capacity = {capacity}: must be 2 or more, a prompt token and a new one")
         self.model, self.specials, self.replicas = model, specials, replicas
         self.block, self.capacity, self.batch, self.prefill_chunk = block, capacity, batch, prefill_chunk
-        self.policy: Fixed | Automatic = Fixed(Drafting.of(block, outcomes))
+        self.drafter = drafter
+        self.policy: Fixed | Automatic = Fixed(Drafting.of(block, outcomes, drafter))
         pages = batch * -(-(capacity + block - 1) // page) if cache_tokens is None else -(-cache_tokens // page)
         heads, width = model.key_heads, model.config.kv_channels
         self.cache = PagedCache(model.layer_numbers, heads, width, pages, page, model.dtype, model.device)
@@ -92,14 +96,14 @@ class Engine:
         self.forwards = Forwards(model, self.cache, specials.mask, forbidden)
         if cuda_graphs and model.device.type == "cuda":
             self.forwards.recorder = Recorder(self.forwards, self.cache.pages_of(capacity + block - 1))
-        self._drafts_all = self.policy.most == Drafting.of(block, "all")
+        self._drafts_all = self.policy.most == Drafting.of(block, "all", drafter)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
 
     def choose_outcomes(self, latency: Latency) -> None:
         """From now on the fastest draft length up to `block` and outcomes, by the machine's latency curve, for however
         many requests run."""
-        self.policy = Automatic(self.block, latency)
+        self.policy = Automatic(self.block, latency, self.drafter)
         self._drafts_all = True
 
     # whole continuations
@@ -198,9 +202,9 @@ class Engine:
     def _drafting(self, request: Request) -> Drafting:
         """How far a request drafts now."""
         if request.mode == "ar":
-            return Drafting(1)
+            return Drafting(1, drafter=self.drafter)
         if request.params.rule == "mixed":
-            return Drafting.of(self.block, "all")
+            return Drafting.of(self.block, "all", self.drafter)
         return self.policy.drafting(len(self.running), not request.params.is_greedy)
 
     def _turns(self) -> list[tuple[Request, Work]]:
@@ -268,6 +272,9 @@ class Engine:
                 f"beta = {params.beta}: mixed verification reads the masks behind every outcome; "
                 "use mode = fused, outcomes = all and a block of 2 or more, or beta = 1"
             )
+        if self.drafter.ahead and (mode == "blocks" or params.rule == "mixed"):
+            asked = "mode = blocks" if mode == "blocks" else f"beta = {params.beta}"
+            raise UserError(f"{asked}: this model's masks predict the next place; use mode = fused and beta = 1")
         stops = {self.specials.eod} if params.stop_tokens is None else set(params.stop_tokens)
         limit = min(params.max_tokens, self.capacity - len(prompt))
         request = Request(number, prompt, params, mode, limit, frozenset(stops), decode)

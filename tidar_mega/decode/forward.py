@@ -27,6 +27,7 @@ from tidar_mega.decode.flex import FlexPagedAttention
 from tidar_mega.decode.rejection import rejection
 from tidar_mega.decode.rules import Decision, coupled
 from tidar_mega.decode.sampling import Sampling, SamplingParams
+from tidar_mega.methods import IN_PLACE, Drafter
 from tidar_mega.methods.tidar import decoding_rows
 from tidar_mega.model.attention import AttentionContext
 from tidar_mega.rows import Rows, concatenate, visible
@@ -58,8 +59,9 @@ class Plan:
     clean     rows that take tokens: a piece of a prompt, or drafted tokens to verify
     choosing  how many of them, from the last, AR speaks behind: all of a draft, one at a prompt's end, none inside it
     outcomes  numbers of kept clean rows behind each of which a group of masks drafts
-    slots     masks of a group: the next draft's length
+    slots     the next draft's length
     denoises  the one group's slots choose tokens for themselves (block diffusion), and AR for none
+    drafter   how the model's masks draft; the same in all plans of a forward
     """
 
     clean: int
@@ -67,10 +69,16 @@ class Plan:
     outcomes: tuple[int, ...] = ()
     slots: int = 1
     denoises: bool = False
+    drafter: Drafter = IN_PLACE
+
+    @property
+    def masks(self) -> int:
+        """Of one group. Where they predict the next place, the first slot, which is AR's own, needs none."""
+        return self.slots - self.drafter.ahead
 
     @property
     def rows(self) -> int:
-        return self.clean + len(self.outcomes) * self.slots
+        return self.clean + len(self.outcomes) * self.masks
 
     @property
     def choices(self) -> int:
@@ -148,10 +156,11 @@ class Group:
         return self.length_N[:, None] + slot_C
 
     def drafting_rows(self, group_M: Tensor, request_M: Tensor, first_slot: int) -> Tensor:
-        """The mask rows of one group of each of some requests, from slot `first_slot` on, int64 [M, slots - first]."""
+        """The mask rows that predict the slots from `first_slot` on, in one group of each of some requests, int64
+        [M, slots - first]."""
         p = self.plan
         slot_S = torch.arange(first_slot, p.slots, device=self.first_N.device)
-        return (self.first_N[request_M] + p.clean + group_M * p.slots)[:, None] + slot_S
+        return (self.first_N[request_M] + p.clean + group_M * p.masks)[:, None] + slot_S - p.drafter.ahead
 
     def drafting_order(self, kept_M: Tensor, request_M: Tensor, first_slot: int) -> Tensor:
         slot_S = torch.arange(first_slot, self.plan.slots, device=self.first_N.device)
@@ -215,7 +224,8 @@ class Forwards:
 
     def _rows_of(self, plan: Plan) -> tuple[Rows, Tensor | None]:
         """Relative rows and the additive mask among them, [T, T]: 0 where visible, -inf elsewhere."""
-        rows = decoding_rows(plan.clean, plan.outcomes, plan.slots, self.mask_id).to(self.device)
+        rows = decoding_rows(plan.clean, plan.outcomes, plan.masks, self.mask_id).to(self.device)
+        rows = replace(rows, causal_in_group=plan.drafter.causal_in_group)
         if plan.rows == 1:
             return rows, None
         hidden_TT = ~visible(rows, rows)[0]

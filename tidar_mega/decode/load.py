@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tidar_mega import config as config_module
-from tidar_mega import device
+from tidar_mega import device, methods
 from tidar_mega.checkpoint import convert, store
-from tidar_mega.checkpoint.state import sharded_weights
-from tidar_mega.config import Config
+from tidar_mega.checkpoint.base import Base
+from tidar_mega.checkpoint.state import fill, sharded_weights
+from tidar_mega.config import Config, UserError
 from tidar_mega.data.tokenizer import Tokenizer
 from tidar_mega.decode import latency
 from tidar_mega.decode.engine import Engine
@@ -102,11 +103,12 @@ def load_engine(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         device.start_process_group(config, int(os.environ.get("LOCAL_RANK", "0")))
     mesh = build_mesh(config)
     tokenizer = Tokenizer.load(checkpoint / "tokenizer")
-    model, d = InferenceModel(load_model(checkpoint, config)), config.decode
+    model, d = InferenceModel(load_model(checkpoint, config, mesh)), config.decode
+    drafter = methods.load(config, tokenizer.mask).drafter
     engine = Engine(
         model,
         tokenizer,
-        d.block or config.train.block,
+        d.block or config.train.block + drafter.ahead,
         d.capacity,
         batch=d.batch,
         prefill_chunk=d.prefill_chunk,
@@ -114,6 +116,7 @@ def load_engine(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         cache_tokens=d.cache_tokens,
         replicas=mesh.data if mesh.data_size > 1 else None,
         cuda_graphs=d.cuda_graphs,
+        drafter=drafter,
     )
     loaded = Loaded(engine, tokenizer, config, checkpoint, mesh)
     if d.outcomes == "auto":
@@ -121,11 +124,16 @@ def load_engine(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     return loaded
 
 
-def load_model(checkpoint: Path, config: Config) -> HybridGPT:
-    """This rank's part of the saved weights, in the layout and precision that `config` says."""
-    (model,) = gpt.build(config, store.read_meta(checkpoint)["vocab_size"], training=False)
-    parts = store.load(checkpoint, sharded_weights(model))
-    model.load_state_dict(parts["model"], strict=True)
+def load_model(checkpoint: Path, config: Config, mesh: Mesh) -> HybridGPT:
+    """This rank's part of the saved weights, in the layout and precision that `config` says. Adapters come over their
+    base, which `train.init_from` names."""
+    meta = store.read_meta(checkpoint)
+    (model,) = gpt.build(config, meta["vocab_size"], training=False)
+    if config.lora.rank:
+        base = Base.find(config, mesh, checkpoint)
+        base.check_adapters(checkpoint, meta)
+        base.load([model], config, meta["vocab_size"], checkpoint / "tokenizer")
+    fill(model, store.load(checkpoint, sharded_weights(model))["model"])
     return model
 
 
@@ -133,15 +141,19 @@ def export(path: Path, overrides: list[str] | tuple[str, ...], folder: Path) -> 
     """Writes a checkpoint as a Hugging Face model in `decode.dtype`. Raises CheckpointError, ConfigError, UserError."""
     checkpoint, config = saved(path, [*overrides, "decode.tensor=1", "decode.pipeline=1", "decode.data=1"])
     config = _layout(config)
+    if config.lora.rank:
+        raise UserError(
+            f"{checkpoint}: its adapters act on mask rows alone, which a Hugging Face model does not have, and merged "
+            f"into the weights they would change what the model says; convert its base: {config.train.init_from}"
+        )
     device.start_alone()
-    build_mesh(config)
-    return write_transformers(checkpoint, config, folder)
+    return write_transformers(checkpoint, config, folder, build_mesh(config))
 
 
-def write_transformers(checkpoint: Path, config: Config, folder: Path) -> Path:
+def write_transformers(checkpoint: Path, config: Config, folder: Path, mesh: Mesh) -> Path:
     """As `export`, inside a world of one process."""
     tokenizer = Tokenizer.load(checkpoint / "tokenizer")
-    model, about = load_model(checkpoint, config), tokenizer.transformers_config
+    model, about = load_model(checkpoint, config, mesh), tokenizer.transformers_config
     return convert.export(model, config, checkpoint / "tokenizer", about, tokenizer.eod, folder)
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from tidar_mega.config import UserError
 from tidar_mega.decode.forward import Plan
 from tidar_mega.decode.latency import Latency
+from tidar_mega.methods import IN_PLACE, Drafter
 
 TRIAL = 24  # whole drafts verified before a shorter one is thought of: they show the acceptance of every slot
 PRIOR = (0.8, 4.0)  # acceptance of a slot before it was seen, and how many tests that counts for
@@ -23,13 +24,15 @@ MEMORY = 0.998  # weight of the acceptance seen so far, for each further draft
 
 @dataclass(frozen=True)
 class Drafting:
-    """block 1 is plain AR decoding. `outcomes` are those that get a group when a whole draft of `block` is verified."""
+    """block 1 is plain AR decoding. `outcomes` are those that get a group when a whole draft of `block` is verified;
+    `drafter` says how the model's masks draft."""
 
     block: int
     outcomes: tuple[int, ...] = ()
+    drafter: Drafter = IN_PLACE
 
     @classmethod
-    def of(cls, block: int, outcomes: str | Sequence[int]) -> Drafting:
+    def of(cls, block: int, outcomes: str | Sequence[int], drafter: Drafter = IN_PLACE) -> Drafting:
         """`outcomes`: all, last, none or a list of numbers 1..block. Raises UserError."""
         named = {"all": range(1, block + 1), "last": (block,), "none": ()}
         if isinstance(outcomes, str):
@@ -39,21 +42,27 @@ class Drafting:
         wrong = [o for o in outcomes if not 1 <= o <= block]
         if wrong:
             raise UserError(f"outcomes = {list(outcomes)}: {wrong[0]} is not among 1 .. {block}, the draft length")
-        return cls(block, tuple(sorted(set(outcomes))) if block > 1 else ())
+        return cls(block, tuple(sorted(set(outcomes))) if block > 1 else (), drafter)
+
+    @property
+    def masks(self) -> int:
+        """Of a group."""
+        return self.block - self.drafter.ahead
 
     def prompt(self, tokens: int, is_last: bool) -> Plan:
         """A piece of a prompt; behind the last piece the first draft is made."""
-        if not is_last:
-            return Plan(tokens, 0)
-        return Plan(tokens, 1, (tokens,), self.block) if self.block > 1 else Plan(tokens, 1)
+        return self._plan(tokens, int(is_last), (tokens,) if is_last else ())
 
     def step(self, draft: int) -> Plan:
         """The forward that verifies a draft of so many tokens."""
-        if self.block == 1:
-            return Plan(draft, draft)
         if draft == 1:  # nothing is drafted: AR's own next token, and a draft behind it
-            return Plan(1, 1, (1,), self.block)
-        return Plan(draft, draft, tuple(o for o in self.outcomes if o <= draft), self.block)
+            return self._plan(1, 1, (1,))
+        return self._plan(draft, draft, tuple(o for o in self.outcomes if o <= draft))
+
+    def _plan(self, clean: int, choosing: int, outcomes: tuple[int, ...]) -> Plan:
+        if self.block == 1 or not choosing:  # nothing is drafted
+            return Plan(clean, choosing, drafter=self.drafter)
+        return Plan(clean, choosing, outcomes, self.block, drafter=self.drafter)
 
 
 class Fixed:
@@ -75,8 +84,8 @@ class Automatic:
     A function of what it was told alone, so that all ranks choose alike.
     """
 
-    def __init__(self, block: int, latency: Latency) -> None:
-        self.most, self.latency = Drafting.of(block, "all"), latency
+    def __init__(self, block: int, latency: Latency, drafter: Drafter = IN_PLACE) -> None:
+        self.most, self.latency = Drafting.of(block, "all", drafter), latency
         self.tested, self.passed = [0.0] * (block + 1), [0.0] * (block + 1)  # by slot, from 1
         self.seen = 0
         self.chosen: dict[tuple[int, bool, bool], tuple[int, Drafting]] = {}
@@ -106,7 +115,7 @@ class Automatic:
             outcome = outcome_probabilities(self.acceptance[: size - 1])
             likeliest = sorted(range(1, size + 1), key=lambda r, p=outcome: -p[r - 1])
             counts = range(size + 1) if size > 1 else [0]
-            choices += [Drafting(size, tuple(sorted(likeliest[:count]))) for count in counts]
+            choices += [Drafting(size, tuple(sorted(likeliest[:count])), self.most.drafter) for count in counts]
         return max(choices, key=lambda d: speed(d, self.acceptance, self.latency, requests, sampled))
 
     @property
@@ -142,7 +151,7 @@ def speed(drafting: Drafting, acceptance: Sequence[float], latency: Latency, req
     seconds = 0.0
     for c in range(n + 1):  # requests that catch up
         share = math.comb(n, c) * catching**c * (1 - catching) ** (n - c)
-        rows = (n - c) * (1 + len(drafting.outcomes)) * B + c * (1 + B)
+        rows = (n - c) * (B + len(drafting.outcomes) * drafting.masks) + c * (1 + drafting.masks)
         any_draft = 1.0 if c else 1 - (1 - drafted) ** n
         second = ((n - c) * drafted + c) * (B - 1) / any_draft if any_draft else 0.0
         with_second = latency.seconds(n, rows, (n - c) * B + c, second, sampled)

@@ -20,11 +20,31 @@ from tidar_mega.rows import Rows
 @dataclass(frozen=True)
 class Term:
     """One term of a loss: the mean cross entropy of the rows that `share` (Rows -> float or bool [B, T]) counts, times
-    `coefficient`. The mean is over the global batch, weighted by the shares and by the rows' weights."""
+    `coefficient`. The mean is over the global batch, weighted by the shares and by the rows' weights.
+
+    balances  the name of another term, to whose size this one is scaled: its mean is also multiplied by
+              stopgrad(mean of that term / mean of this one), of the whole global batch
+    """
 
     name: str
     coefficient: float
     share: Callable[[Rows], Tensor]
+    balances: str | None = None
+
+
+@dataclass(frozen=True)
+class Drafter:
+    """How a method's masks draft in decoding, in a group behind an outcome (`tidar.py`, `decoding_rows`).
+
+    ahead            a mask predicts the token so many places behind its own: 0 its own, 1 the next (shifted labels)
+    causal_in_group  a mask sees those masks of its group alone that stand before it
+    """
+
+    ahead: int = 0
+    causal_in_group: bool = False
+
+
+IN_PLACE = Drafter()  # TiDAR's: masks of a group see one another and predict their own places
 
 
 class Method(Protocol):
@@ -32,6 +52,7 @@ class Method(Protocol):
 
     terms: tuple[Term, ...]
     drafts: DraftTerms  # losses of whole drafts, on top of the terms
+    drafter: Drafter
 
     def training_rows(self, clean: Rows, sample: Tensor) -> Rows:
         """The rows of one forward. `clean` [B, S] is the packed text, `sample` int64 [B] its global sample indices."""

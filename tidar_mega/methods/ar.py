@@ -6,11 +6,13 @@ from torch import Tensor
 
 from tidar_mega.config import Config
 from tidar_mega.losses import DraftTerms, RowLosses
-from tidar_mega.methods import Term
+from tidar_mega.methods import IN_PLACE, Term
 from tidar_mega.rows import Rows
 
 
 class AutoRegressive:
+    drafter = IN_PLACE  # decoding may draft with its masks, which have learnt nothing
+
     def __init__(self, config: Config, mask_id: int) -> None:
         self.terms = (Term("ar", 1.0, lambda rows: rows.is_clean),)
         self.drafts = DraftTerms()

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from tidar_mega.config import Config
 from tidar_mega.losses import DraftTerms, RowLosses
-from tidar_mega.methods import Term, generator
+from tidar_mega.methods import IN_PLACE, Term, generator
 from tidar_mega.rows import PADDING, Rows, concatenate
 
 
 class Tidar:
+    drafter = IN_PLACE
+
     def __init__(self, config: Config, mask_id: int) -> None:
         self.mask_id = mask_id
         self.block = config.train.block
@@ -41,10 +43,14 @@ class Tidar:
         if self.random_offset:
             draw = [torch.randint(self.block, (), generator=generator(self.seed, "offset", int(i))) for i in sample]
             offset_B = torch.stack(draw)
-        masks = mask_rows(clean, self.mask_id, self.block, offset_B)
+        masks = self.masks(clean, offset_B, sample)
         if self.fraction < 1:
             masks = self._subset(masks, sample)
         return concatenate([clean, masks], dim=1)
+
+    def masks(self, clean: Rows, offset_B: Tensor, sample: Tensor) -> Rows:
+        """One mask row per clean row, see `mask_rows`."""
+        return mask_rows(clean, self.mask_id, self.block, offset_B)
 
     def _subset(self, masks: Rows, sample: Tensor) -> Rows:
         """The same number of slots of every sequence: whole random blocks that fit, then padding."""
@@ -64,16 +70,18 @@ class Tidar:
         slot = (rows.order - rows.horizon)[at_B, at_M]
         draft = prediction_BT[at_B, at_M]
         right = draft == rows.label[at_B, at_M]
-        agrees = draft == _ar_choice(rows, prediction_BT)[at_B, at_M]
+        ahead, first = self.drafter.ahead, self.drafts.first
+        agrees = draft == _ar_choice(rows, prediction_BT, ahead)[at_B, at_M]
 
-        # slot 0 is replaced by AR's own choice at decode time, so it is always accepted; a partial block has no end
+        # where masks predict their own place, AR's own choice replaces slot 0, which is then always accepted; where
+        # they predict the next one, it stands before them; a partial block has no end
         shape_BGK = (rows.shape[0], int(rows.group.max()) + 1, self.block)
         exists_BGK, agrees_BGK = torch.zeros(2, *shape_BGK, dtype=torch.bool, device=rows.token.device)
         where = (at_B, rows.group[at_B, at_M], slot)
         exists_BGK[where] = True
-        agrees_BGK[where] = agrees | (slot == 0)
+        agrees_BGK[where] = agrees | (slot < first)
         whole_BG = exists_BGK.all(dim=-1)
-        accepted_BG = agrees_BGK.long().cumprod(dim=-1).sum(dim=-1)
+        accepted_BG = ahead + agrees_BGK.long().cumprod(dim=-1).sum(dim=-1)
         count = torch.bincount(slot, minlength=self.block)
         correct = torch.bincount(slot[right], minlength=self.block)  # with weights it is not deterministic on CUDA
         return {
@@ -160,15 +168,15 @@ def _pad(masks: Rows, slots: int) -> Rows:
     return full
 
 
-def _ar_choice(rows: Rows, prediction_BT: Tensor) -> Tensor:
-    """For every row, what the clean half puts at its place (predicted by the clean row before it), [B, T]; else -2."""
+def _ar_choice(rows: Rows, prediction_BT: Tensor, ahead: int) -> Tensor:
+    """For every row, what the clean half puts `ahead` places behind it (by the clean row before), [B, T]; else -2."""
     clean_S = int(rows.is_clean.sum(dim=1)[0])
     document_BS = rows.document[:, :clean_S]
     document_BS = document_BS.where(document_BS != PADDING, torch.iinfo(torch.int64).max)  # sorted, padding last
     first_BT = torch.searchsorted(document_BS.contiguous(), rows.document.contiguous())
-    before_BT = first_BT + rows.order - 1
+    before_BT = first_BT + rows.order + ahead - 1
     choice_BT = prediction_BT.gather(1, before_BT.clamp(0, clean_S - 1))
-    return choice_BT.where(rows.order > 0, torch.full_like(choice_BT, -2))
+    return choice_BT.where(rows.order + ahead > 0, torch.full_like(choice_BT, -2))
 
 
 METHOD = Tidar

@@ -88,6 +88,13 @@ class TrainingAttention:
         self.part = whole(rows) if isinstance(rows, Rows) else rows
         self.queries, self.keys, self.backend = self.part.rows, self.part.keys, backend
 
+    @cached_property
+    def clean(self) -> int:
+        """How many rows of each sequence are clean: they come first. Adapters act behind them (`lora.py`)."""
+        clean_B = self.queries.is_clean.long().cumprod(dim=1).sum(dim=1)
+        assert torch.equal(clean_B, self.queries.is_clean.sum(dim=1)) and len(clean_B.unique()) == 1
+        return int(clean_B[0])
+
     def attend(self, layer_number: int, q_TBHE: Tensor, k_TBGE: Tensor, v_TBGE: Tensor, scale: float) -> Tensor:
         k_KBGE, v_KBGE = gather_keys(k_TBGE, v_TBGE, self.part)
         if self.backend == "tiles":

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tidar_mega.config import Config
 from tidar_mega.device import has_cuda
+from tidar_mega.model import lora
 from tidar_mega.model.attention import AttentionContext
 from tidar_mega.model.spec import block_spec, set_weight, transformer_config
 from tidar_mega.rows import Rows
@@ -29,8 +30,9 @@ from tidar_mega.rows import Rows
 class HybridGPT(GPTModel):
     """A GPTModel that runs any `Rows`. `forward` stops after the final norm: the head is only computed where needed."""
 
-    def __init__(self, *args, rotary_base: float, **kwargs) -> None:
+    def __init__(self, *args, rotary_base: float, has_adapters: bool = False, **kwargs) -> None:
         super().__init__(*args, position_embedding_type="none", **kwargs)
+        self.has_adapters = has_adapters
         width = self.config.kv_channels
         exponents = torch.arange(0, width, 2, dtype=torch.float64) / width
         self.register_buffer("inverse_frequency", (rotary_base**-exponents).float(), persistent=False)
@@ -69,6 +71,9 @@ class HybridGPT(GPTModel):
         # GPTModel's own RoPE ignores the positions that it is given; element 1 is where it hands on its angles
         embedded, no_rope, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)
         assert no_rope is None
+        if self.has_adapters and embedded is not None and torch.is_grad_enabled():
+            # a frozen embedding has no gradient, and what is recomputed behind it would then have none either
+            embedded = embedded.detach().requires_grad_()
         return (embedded, self._rope_angles(position_ids), *rest)
 
     def _rope_angles(self, position_BT: Tensor) -> Tensor:
@@ -88,6 +93,9 @@ def build(config: Config, vocab_size: int, training: bool = True) -> list[Hybrid
     parts = config.parallel.virtual_pipeline
     chunks = [_chunk(config, shape, vocab_size, part if parts > 1 else None) for part in range(parts)]
     initialise(chunks, config.train.seed)
+    if config.lora.rank:
+        for chunk in chunks:
+            lora.freeze(chunk)
     return [chunk.cuda(torch.cuda.current_device()) for chunk in chunks] if has_cuda() else chunks
 
 
@@ -95,13 +103,14 @@ def _chunk(config: Config, shape: TransformerConfig, vocab_size: int, vp_stage: 
     rank, last = parallel_state.get_pipeline_model_parallel_rank(), config.parallel.pipeline - 1
     return HybridGPT(
         config=shape,
-        transformer_layer_spec=block_spec(shape, vp_stage),
+        transformer_layer_spec=block_spec(shape, vp_stage, config.lora),
         vocab_size=padded_vocab_size(config, vocab_size),
         max_sequence_length=config.data.seq_length,
         pre_process=rank == 0 and vp_stage in (None, 0),
         post_process=rank == last and vp_stage in (None, config.parallel.virtual_pipeline - 1),
         share_embeddings_and_output_weights=config.model.tie_embeddings,
         rotary_base=config.model.rotary_base,
+        has_adapters=config.lora.rank > 0,
         vp_stage=vp_stage,
     )
 
@@ -122,21 +131,36 @@ def initialise(chunks: list[HybridGPT], seed: int) -> None:
         for layer in chunk.decoder.layers:
             for name, weight in layer.named_parameters():
                 if weight.dim() == 2:
-                    _draw(weight, chunk, seed, f"layer {layer.layer_number} {name}")
+                    draw = _draw_adapter if lora.is_adapter(name) else _draw
+                    draw(weight, chunk, seed, f"layer {layer.layer_number} {name}")
 
 
 def _draw(weight: Tensor, chunk: HybridGPT, seed: int, name: str) -> None:
-    group = parallel_state.get_tensor_model_parallel_group()
     writes_residual = "linear_proj" in name or "linear_fc2" in name  # split over its inputs, and scaled with depth
-    dim = 1 if writes_residual else 0
     std = chunk.config.init_method_std / (math.sqrt(2 * chunk.config.num_layers) if writes_residual else 1)
+    # a rank's part of fc1 is a slice of the gate and a slice of the up projection
+    _set_part(weight, seed, name, std, dim=1 if writes_residual else 0, pieces=2 if "linear_fc1" in name else 1)
+
+
+def _draw_adapter(weight: Tensor, chunk: HybridGPT, seed: int, name: str) -> None:
+    """a with a standard deviation of 1 / sqrt(inputs); b stays zero, so that an adapter begins with adding nothing."""
+    if name.endswith(".a"):
+        is_split = "linear_proj" in name or "linear_fc2" in name
+        ranks = parallel_state.get_tensor_model_parallel_world_size() if is_split else 1
+        _set_part(weight, seed, name, (weight.shape[1] * ranks) ** -0.5, dim=1 if is_split else None)
+
+
+def _set_part(weight: Tensor, seed: int, name: str, std: float, dim: int | None, pieces: int = 1) -> None:
+    """This tensor-parallel rank's part of the drawn matrix, which is split along `dim` (None: whole on every rank)."""
+    group = parallel_state.get_tensor_model_parallel_group()
     shape = [size * group.size() if d == dim else size for d, size in enumerate(weight.shape)]
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     draw = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     whole = torch.empty(shape).normal_(0.0, std, generator=draw)
-    # a rank's part of fc1 is a slice of the gate and a slice of the up projection
-    pieces = whole.chunk(2, dim) if "linear_fc1" in name else [whole]
-    set_weight(weight, torch.cat([piece.chunk(group.size(), dim)[group.rank()] for piece in pieces], dim))
+    if dim is not None:
+        mine = [piece.chunk(group.size(), dim)[group.rank()] for piece in whole.chunk(pieces, dim)]
+        whole = torch.cat(mine, dim)
+    set_weight(weight, whole)
 
 
 def padded_vocab_size(config: Config, vocab_size: int) -> int:

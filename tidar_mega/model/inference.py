@@ -1,7 +1,8 @@
 """The backbone without megatron's Python: the forward of decoding, from the weights of a HybridGPT.
 
 `HybridGPT` is the reference; this gives the same numbers from the same `Rows` and attention context in a tenth of the
-Python, and on a CPU through weights that oneDNN has packed for its kernels once. There is no backward. Every pipeline
+Python, and on a CPU through weights that oneDNN has packed for its kernels once. Adapters (`lora.py`) act on the mask
+rows of the forward, wherever they stand. There is no backward. Every pipeline
 and tensor-parallel layout works; rows are never split (no sequence or context parallelism).
 
 Shape suffixes: T rows, B sequences, D hidden width, H query heads, G key heads (of this tensor-parallel rank), J = H/G
@@ -41,6 +42,7 @@ class InferenceModel:
         self.vocab = model.vocab_size // self.tensor.size()
         self.inverse_frequency = model.inverse_frequency
         self.is_first, self.is_last = model.pre_process, model.post_process
+        self.has_adapters = model.has_adapters
         self.layers = [_Layer(layer, self.tensor) for layer in model.decoder.layers]
         self.layer_numbers = [layer.number for layer in self.layers]
         self.key_heads = self.layers[0].key_heads
@@ -53,9 +55,9 @@ class InferenceModel:
     def __call__(self, rows: Rows, context: AttentionContext) -> Tensor | None:
         """Hidden states after the final norm, [T, B, D]; None on pipeline stages before the last."""
         hidden_TBD = self._embed(rows.token) if self.is_first else self._receive(rows.token.shape)
-        rotation = self._rotation(rows.position)
+        rotation, masks = self._rotation(rows.position), Masks.of(rows) if self.has_adapters else None
         for layer in self.layers:
-            hidden_TBD = layer(hidden_TBD, rotation, context)
+            hidden_TBD = layer(hidden_TBD, rotation, context, masks)
         if self.is_last:
             return self.final_norm(hidden_TBD)
         dist.send(hidden_TBD, group=self.pipeline, group_dst=self.pipeline.rank() + 1)
@@ -90,6 +92,29 @@ class InferenceModel:
         return cos_TBE[:, :, None, None].to(self.dtype), sin_TBE[:, :, None, None].to(self.dtype)
 
 
+class Masks:
+    """Which rows of a forward the adapters act on."""
+
+    def __init__(self, is_mask_TB: Tensor) -> None:
+        self.is_mask_TB1 = is_mask_TB[..., None]
+        # on a GPU, all rows are computed and chosen from: their number would have to be known on the host
+        self.index = None if is_mask_TB.is_cuda else is_mask_TB.nonzero(as_tuple=True)
+
+    @classmethod
+    def of(cls, rows: Rows) -> Masks:
+        return cls(~rows.is_clean.t())
+
+    def add(self, output_TBO: Tensor, input_TBI: Tensor, a_RI: Tensor, b_OR: Tensor) -> Tensor:
+        """`output_TBO`, which may be overwritten, with the adapter's part on the mask rows; other rows stay as they
+        are, bit by bit."""
+        if self.index is None:
+            adapted_TBO = output_TBO + F.linear(F.linear(input_TBI, a_RI), b_OR)
+            return torch.where(self.is_mask_TB1, adapted_TBO, output_TBO)
+        if len(self.index[0]):
+            output_TBO[self.index] += F.linear(F.linear(input_TBI[self.index], a_RI), b_OR)
+        return output_TBO
+
+
 class _Layer:
     """One transformer layer of a tensor-parallel rank."""
 
@@ -103,18 +128,18 @@ class _Layer:
         self.normalises = layer.config.qk_layernorm
         if self.normalises:
             self.q_norm, self.k_norm = _Norm(attention.q_layernorm), _Norm(attention.k_layernorm)
-        self.qkv = _Linear(attention.linear_qkv.weight, attention.linear_qkv.bias)
-        self.projection = _Linear(attention.linear_proj.weight)
-        self.up, self.down = _Linear(mlp.linear_fc1.weight), _Linear(mlp.linear_fc2.weight)
+        self.qkv, self.projection = _Adapted(attention.linear_qkv), _Adapted(attention.linear_proj)
+        self.up, self.down = _Adapted(mlp.linear_fc1), _Adapted(mlp.linear_fc2)
 
-    def __call__(self, x_TBD: Tensor, rotation: tuple[Tensor, Tensor], context: AttentionContext) -> Tensor:
-        x_TBD = x_TBD + self._attention(self.attention_norm(x_TBD), rotation, context)
-        gate, up = self.up(self.mlp_norm(x_TBD)).chunk(2, dim=-1)
-        return x_TBD + self._sum(self.down(F.silu(gate).mul_(up)))
+    def __call__(self, x_TBD: Tensor, rotation: tuple, context: AttentionContext, masks: Masks | None) -> Tensor:
+        x_TBD = x_TBD + self._attention(self.attention_norm(x_TBD), rotation, context, masks)
+        gate, up = self.up(self.mlp_norm(x_TBD), masks).chunk(2, dim=-1)
+        return x_TBD + self._sum(self.down(F.silu(gate).mul_(up), masks))
 
-    def _attention(self, x_TBD: Tensor, rotation: tuple[Tensor, Tensor], context: AttentionContext) -> Tensor:
+    def _attention(self, x_TBD: Tensor, rotation: tuple, context: AttentionContext, masks: Masks | None) -> Tensor:
         (T, B, _), G, J, E = x_TBD.shape, self.key_heads, self.heads_per_key, self.width
-        mixed_TBGJE = self.qkv(x_TBD).view(T, B, G, J + 2, E)  # megatron's order: a key head's queries, key and value
+        # megatron's order: a key head's queries, key and value
+        mixed_TBGJE = self.qkv(x_TBD, masks).view(T, B, G, J + 2, E)
         if self.normalises:
             q_TBGJE, k_TBG1E = self.q_norm(mixed_TBGJE[..., :J, :]), self.k_norm(mixed_TBGJE[..., J : J + 1, :])
             turned_TBGJE = _rotate(torch.cat([q_TBGJE, k_TBG1E], dim=3), *rotation)
@@ -122,7 +147,7 @@ class _Layer:
             turned_TBGJE = _rotate(mixed_TBGJE[..., : J + 1, :], *rotation)
         q_TBHE = turned_TBGJE[..., :J, :].reshape(T, B, G * J, E)
         out_TBHE = context.attend(self.number, q_TBHE, turned_TBGJE[..., J, :], mixed_TBGJE[..., J + 1, :], E**-0.5)
-        return self._sum(self.projection(out_TBHE.flatten(2)))
+        return self._sum(self.projection(out_TBHE.flatten(2), masks))
 
     def _sum(self, x_TBD: Tensor) -> Tensor:
         if self.group.size() > 1:
@@ -166,6 +191,19 @@ class _Linear:
         if self.packed is None or (self.plain_row and x.numel() == x.shape[-1]):
             return F.linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+class _Adapted:
+    """A linear layer of the model with its adapter, if it has one. Of inputs that are split over the tensor group, the
+    adapter's part is a summand of the layer's own sum."""
+
+    def __init__(self, linear) -> None:
+        self.linear, adapter = _Linear(linear.weight, linear.bias), getattr(linear, "lora", None)
+        self.adapter = None if adapter is None else (adapter.a.detach(), adapter.b.detach() * adapter.scale)
+
+    def __call__(self, x: Tensor, masks: Masks | None) -> Tensor:
+        output = self.linear(x)
+        return output if self.adapter is None else masks.add(output, x, *self.adapter)
 
 
 _FASTER: dict[tuple, bool] = {}  # by shape, type and threads

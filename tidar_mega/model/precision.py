@@ -93,12 +93,14 @@ def _find_engine() -> tuple[str | None, str]:
 def resolve_layers(config: Config, machine: Machine) -> str:
     """`precision.layers` as te or local. Raises ConfigError.
 
-    auto is te where it works, but local in fp32, of which Transformer Engine's products (TF32) keep only ten bits.
+    auto is te where it works, but local in fp32, of which Transformer Engine's products (TF32) keep only ten bits, and
+    with adapters, which sit in megatron's own layers.
     """
     asked = config.precision.layers
     too_old = machine.engine is not None and Version(machine.engine) < Version(OLDEST_ENGINE)
     if asked == "auto":
-        return "local" if machine.engine is None or too_old or config.precision.dtype == "fp32" else "te"
+        is_local = machine.engine is None or too_old or config.precision.dtype == "fp32" or config.lora.rank > 0
+        return "local" if is_local else "te"
     if asked == "te" and machine.engine is None:
         _refuse("precision.layers", "te", f"local or auto here: {machine.why_no_engine}", _install(machine))
     if asked == "te" and too_old:

@@ -20,9 +20,9 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from tidar_mega.config import Config
+from tidar_mega.config import Config, LoraConfig
 from tidar_mega.device import DTYPES, has_cuda
-from tidar_mega.model import precision
+from tidar_mega.model import lora, precision
 from tidar_mega.model.attention import HybridAttention
 
 
@@ -118,14 +118,19 @@ def _implementation(config: Config, layers: str) -> dict:
     }
 
 
-def block_spec(shape: BackboneConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """The layers of one pipeline stage (one virtual stage of it) around the hybrid attention, and the last norm."""
+def block_spec(
+    shape: BackboneConfig, vp_stage: int | None = None, adapters: LoraConfig | None = None
+) -> TransformerBlockSubmodules:
+    """The layers of one pipeline stage (one virtual stage of it) around the hybrid attention, and the last norm; with
+    `adapters`, in local layers, whose rank is not 0 adapters in them."""
     engine = shape.transformer_impl == "transformer_engine"
     layer = _engine_layer(shape) if engine else _local_layer(shape)
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = ModuleSpec(module=HybridAttention)
     if shape.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = Norm
+    if adapters is not None and adapters.rank:
+        lora.adapt(layer, adapters)
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(shape, vp_stage), layer_norm=Norm)
 
 

@@ -32,16 +32,18 @@ def sequence_work(config: Config) -> Work:
     """A clean row sees itself and what is before it; a mask row what is before its block, and its block.
 
     Pairs: S (S + 1) / 2 for S clean rows; M (S + B) / 2 for M mask rows in blocks of B (TiDAR, arXiv 2511.08923,
-    section 3.1), the mean over which blocks are drafted.
+    section 3.1), the mean over which blocks are drafted; (B - 1) / 2 fewer per mask where blocks are causal (I-DLM).
     """
     length, block, drafted = config.data.seq_length, config.train.block, drafted_rows(config)
     tile = min(ATTENTION_TILE, length)
+    unseen = (block - 1) / 2 if config.method == "idlm" else 0
+    masked = (block + 1) / (2 * block) if config.method == "block_diffusion" else 1  # others have no loss
     below, own = (length + drafted) * (length + tile) / 2, drafted * max(tile, block)
     return Work(
         rows=length + drafted,
-        pairs=length * (length + 1) / 2 + drafted * (length + block) / 2,
+        pairs=length * (length + 1) / 2 + drafted * ((length + block) / 2 - unseen),
         tile_pairs=below + own,
-        head_rows=length + drafted,
+        head_rows=length + round(drafted * masked),
     )
 
 

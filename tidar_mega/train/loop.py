@@ -13,6 +13,7 @@ import torch
 from tidar_mega import device, methods, plan
 from tidar_mega.checkpoint import state as checkpoint_state
 from tidar_mega.checkpoint import store
+from tidar_mega.checkpoint.base import SHAPE, Base
 from tidar_mega.checkpoint.state import Progress, TrainState
 from tidar_mega.checkpoint.store import CheckpointError, CheckpointStore
 from tidar_mega.config import Config, UserError, to_tree
@@ -75,6 +76,7 @@ class Run:
     log: MetricsLog
     resumed_at: int
     lock: TextIO | None
+    base: Base | None = None  # the frozen weights under adapters
     speed: Speed = field(default_factory=lambda: Speed())
     roll_call: RollCall | None = None
 
@@ -85,7 +87,8 @@ class Run:
 
     @classmethod
     def start(cls, config: Config, mesh: Mesh) -> Run:
-        """Opens the data, builds the model and, if the run folder has a checkpoint, goes on from it."""
+        """Opens the data, builds the model and, if the run folder has a checkpoint, goes on from it; else begins from
+        `train.init_from` or from random weights."""
         lock = mesh.on_main(lambda: _lock(Path(config.run_dir)))
         stream, held_out = (
             open_stream(config.data.path, split, config.data.seq_length, config.train.seed)
@@ -93,18 +96,23 @@ class Run:
         )
         tokenizer = stream.tokenizer
         method = methods.load(config, tokenizer.mask)
-        chunks = optim.wrap(config, gpt.build(config, tokenizer.vocab_size))
-        optimizer = optim.build_optimizer(config, chunks)
-        state = TrainState(chunks, optimizer, optim.build_scheduler(config, optimizer), Progress())
         checkpoints = CheckpointStore(Path(config.run_dir) / "checkpoints", config.checkpoint.keep_last)
         newest = checkpoints.open(mesh)
+        models = gpt.build(config, tokenizer.vocab_size)
+        base = Base.find(config, mesh, newest) if config.lora.rank or newest is None else None
+        if base is not None:  # before the optimizer makes its float32 copies
+            base.load(models, config, tokenizer.vocab_size, stream.tokenizer_folder)
+        chunks = optim.wrap(config, models)
+        optimizer = optim.build_optimizer(config, chunks)
+        state = TrainState(chunks, optimizer, optim.build_scheduler(config, optimizer), Progress())
         if newest is not None:
-            resume(newest, config, stream, state)
+            resume(newest, config, stream, state, base)
         token_bytes = torch.as_tensor(tokenizer.token_bytes).to(device.device())
         task = Task(config, mesh, method, chunks, token_bytes)
         log = MetricsLog(config, mesh.is_main, state.progress.step)
-        log.say(_describe(config, mesh, chunks, newest, state.progress))
-        return cls(task, state, stream, held_out, checkpoints, log, state.progress.step, lock)
+        log.say(_describe(config, mesh, chunks, newest, state.progress, base))
+        frozen = base if config.lora.rank else None
+        return cls(task, state, stream, held_out, checkpoints, log, state.progress.step, lock, frozen)
 
     def is_due(self, interval: int) -> bool:
         step = self.state.progress.step
@@ -138,6 +146,8 @@ class Run:
             "data_fingerprint": self.stream.fingerprint,
             "vocab_size": self.stream.tokenizer.vocab_size,
         }
+        if self.base is not None:
+            meta["base"] = self.base.meta
         parts, size = checkpoint_state.sharded(self.state), checkpoint_state.size_bytes(self.state)
         tokenizer = self.stream.tokenizer_folder
         self.checkpoints.begin(self.task.mesh, progress.step, parts, meta, tokenizer, size)
@@ -230,8 +240,9 @@ def _lock(folder: Path) -> TextIO:
     return lock
 
 
-def resume(path: Path, config: Config, stream: Stream, state: TrainState) -> None:
-    """Fills `state` from the checkpoint at `path`; CheckpointError if that is damaged or of other data or shape."""
+def resume(path: Path, config: Config, stream: Stream, state: TrainState, base: Base | None = None) -> None:
+    """Fills `state` from the checkpoint at `path`; CheckpointError if that is damaged or of other data or shape, or
+    holds adapters of another `base`."""
     meta = store.read_meta(path)
     if meta["data_fingerprint"] != stream.fingerprint:
         raise CheckpointError(
@@ -247,6 +258,8 @@ def resume(path: Path, config: Config, stream: Stream, state: TrainState) -> Non
                     f"{section}.{name} = {now}: the checkpoint {path} was made with {was}; "
                     "set it back, or set another run_dir to start anew"
                 )
+    if base is not None:
+        base.check_adapters(path, meta)
     same_layout = _layout(saved) == _layout(config)
     checkpoint_state.restore(state, store.load(path, checkpoint_state.template(state, same_layout)))
     optim.apply_settings(config, state.optimizer)
@@ -259,20 +272,8 @@ def _layout(config: Config) -> tuple[int, int]:
 
 # Settings that a resume must not change: the shape of the weights and the meaning of the global sample index.
 _FIXED = {
-    "model": [
-        "num_layers",
-        "hidden_size",
-        "ffn_hidden_size",
-        "num_attention_heads",
-        "num_query_groups",
-        "kv_channels",
-        "qk_layernorm",
-        "add_qkv_bias",
-        "tie_embeddings",
-        "rotary_base",
-        "norm_epsilon",
-        "vocab_multiple",
-    ],
+    "model": SHAPE,
+    "lora": ["rank", "alpha", "targets"],
     "data": ["seq_length"],
     "train": ["seed"],
     "precision": ["dtype"],
@@ -280,9 +281,13 @@ _FIXED = {
 }
 
 
-def _describe(config: Config, mesh: Mesh, chunks: list, newest: Path | None, progress: Progress) -> str:
+def _describe(
+    config: Config, mesh: Mesh, chunks: list, newest: Path | None, progress: Progress, base: Base | None
+) -> str:
     parameters = sum(p.numel() for chunk in chunks for p in chunk.parameters())
     start = f"resumed from {newest}, step {progress.step}" if newest else "from scratch"
+    if base is not None:
+        start = f"{start if newest else ''} over the frozen {base.path}" if config.lora.rank else f"from {base.path}"
     sizes = {name: getattr(mesh, name).size() for name in ("tensor", "pipeline", "context", "data")}
     layout = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1 or name == "data")
     where = f"{mesh.world_size} process(es) on {device.device().type}, {layout}"

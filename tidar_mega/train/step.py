@@ -19,7 +19,7 @@ from tidar_mega import device
 from tidar_mega.config import Config
 from tidar_mega.data.stream import Stream
 from tidar_mega.losses import DraftTerms, RowLosses, cross_entropy, draft_sums
-from tidar_mega.methods import Method
+from tidar_mega.methods import Method, Term
 from tidar_mega.model import precision
 from tidar_mega.model.attention import TrainingAttention, choose_backend
 from tidar_mega.parallel.context import Part, restore, split, whole
@@ -75,13 +75,37 @@ def normalise(task: Task, batch: list[Rows]) -> tuple[list[Rows], DraftTerms]:
     totals = totals.to(device.device())
     dist.all_reduce(totals, group=task.mesh.data)
     *of_terms, drafts = totals.clamp(min=1).tolist()
-    scale = [term.coefficient / total for term, total in zip(task.method.terms, of_terms, strict=True)]
+    scale = [factor / total for factor, total in zip(_coefficients(task, batch), of_terms, strict=True)]
     scaled = []
     for rows, own in zip(batch, shares, strict=True):
         factor_BT = sum(s * share for s, share in zip(scale, own, strict=True))
         scaled.append(replace(rows, weight=(rows.weight * factor_BT).float()))
     terms = task.method.drafts
     return scaled, replace(terms, focal=terms.focal / drafts, chain=terms.chain / drafts)
+
+
+@torch.no_grad()
+def _coefficients(task: Task, batch: list[Rows]) -> list[float]:
+    """Of each term in this step. One that balances another needs the losses of the whole global batch before the first
+    gradient is made, so a forward of all its micro-batches goes before: exact, whatever the layout."""
+    if not any(term.balances for term in task.method.terms):
+        return [term.coefficient for term in task.method.terms]
+    return _balanced(task.method.terms, _means(task, _run_schedule(task, batch, DraftTerms(), forward_only=True)))
+
+
+def _balanced(terms: tuple[Term, ...], means: dict[str, float]) -> list[float]:
+    """Coefficients at these mean losses."""
+
+    def factor(term: Term) -> float:
+        if term.balances is None:
+            return term.coefficient
+        return term.coefficient * means[term.balances] / means[term.name] if means[term.name] else 0.0
+
+    return [factor(term) for term in terms]
+
+
+def _means(task: Task, sums: Sums) -> dict[str, float]:
+    return {t.name: float(sums[f"{t.name}.loss"] / sums[f"{t.name}.rows"].clamp(min=1)) for t in task.method.terms}
 
 
 @torch.no_grad()
@@ -160,7 +184,8 @@ def _whole(task: Task, losses: RowLosses, rows: Rows, part: Part) -> tuple[Rows,
 
 def _head_weight(chunk: DistributedDataParallel) -> Tensor:
     weight = chunk.module.head_weight
-    if chunk.ddp_config.overlap_param_gather:  # megatron waits in the layer's own call, which the loss goes around
+    # megatron waits in the layer's own call, which the loss goes around; what is frozen is never gathered
+    if chunk.ddp_config.overlap_param_gather and weight.requires_grad:
         chunk.param_to_bucket_group[weight].finish_param_sync(chunk.ddp_config.align_param_gather)
     return weight
 
@@ -204,8 +229,8 @@ def _over_replicas(task: Task, sums: Sums) -> Sums:
 
 def summarise(task: Task, sums: Sums) -> dict[str, float]:
     """Figures for a log: the loss as it is optimised, each term's mean, nats per byte, the method's own figures."""
-    figures = {t.name: float(sums[f"{t.name}.loss"] / sums[f"{t.name}.rows"].clamp(min=1)) for t in task.method.terms}
-    loss = sum(t.coefficient * figures[t.name] for t in task.method.terms)
+    terms, figures = task.method.terms, _means(task, sums)
+    loss = sum(c * figures[t.name] for c, t in zip(_balanced(terms, figures), terms, strict=True))
     for name in ("focal", "chain") if task.method.drafts.any else ():
         figures[name] = float(sums[f"drafts.{name}"] / sums["drafts.count"].clamp(min=1))
         loss += getattr(task.method.drafts, name) * figures[name]

@@ -1,0 +1,134 @@
+"""The weights that a run begins with, from another run's checkpoint in any layout (`train.init_from`).
+
+They may go on being trained, by any method, or stay frozen under adapters (`model/lora.py`). A checkpoint of adapters
+names its base by path and fingerprint, and is not loaded over another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from tidar_mega.checkpoint import state, store
+from tidar_mega.checkpoint.store import CheckpointError
+from tidar_mega.config import Config
+from tidar_mega.model.gpt import HybridGPT
+from tidar_mega.model.spec import set_weight
+from tidar_mega.parallel.mesh import Mesh
+
+# The shape of the weights: what a model must share with the checkpoint that it takes them from, and with its own.
+SHAPE = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "qk_layernorm",
+    "add_qkv_bias",
+    "tie_embeddings",
+    "rotary_base",
+    "norm_epsilon",
+    "vocab_multiple",
+)
+_PIECES, _PIECE_BYTES = 64, 4096  # of each file that a fingerprint reads
+
+
+@dataclass(frozen=True)
+class Base:
+    """A checkpoint to begin from: its folder, made absolute, and its fingerprint."""
+
+    path: Path
+    fingerprint: str
+
+    @classmethod
+    def find(cls, config: Config, mesh: Mesh, adapters: Path | None = None) -> Base | None:
+        """Collective. What `train.init_from` means, the same on every rank; None if it is not set. Where a checkpoint
+        of `adapters` said the same, it is the very one that they were trained over. Raises CheckpointError."""
+        if config.train.init_from is None:
+            return None
+        return mesh.same(mesh.on_main(lambda: cls._find(_path(config, adapters))))
+
+    @classmethod
+    def _find(cls, path: Path) -> Base:
+        try:
+            folder = store.resolve(path).absolute()
+            return cls(folder, fingerprint(folder))
+        except CheckpointError as error:
+            raise CheckpointError(f"train.init_from = {path}: {error}") from None
+
+    @property
+    def meta(self) -> dict:
+        """What a checkpoint of adapters says of its base."""
+        return {"path": str(self.path), "fingerprint": self.fingerprint}
+
+    def load(self, chunks: list[HybridGPT], config: Config, vocab_size: int, tokenizer: Path) -> None:
+        """Collective. Puts the checkpoint's weights into the chunks of this rank. Raises CheckpointError if its shape
+        or its tokenizer is not theirs."""
+        meta = store.read_meta(self.path)
+        _check(self.path, meta, config, vocab_size, tokenizer)
+        saved = store.saved_config(meta)
+        if saved.lora.rank:
+            raise CheckpointError(
+                f"train.init_from = {self.path}: holds only adapters, over {meta['base']['path']}; begin from that one"
+            )
+        loaded = store.load(self.path, state.sharded_base(chunks))
+        for i, chunk in enumerate(chunks):
+            weights = loaded[f"model{i}"]
+            state.fill(chunk, weights)
+            for name, weight in chunk.named_parameters():
+                if name in weights:  # one that is kept in FP8 also remembers what its float32 copy is made from
+                    set_weight(weight, weights[name])
+
+    def check_adapters(self, path: Path, meta: dict) -> None:
+        """Raises CheckpointError if the adapters of the checkpoint at `path` were trained over another base."""
+        base = meta["base"]
+        if base["fingerprint"] != self.fingerprint:
+            raise CheckpointError(
+                f"train.init_from = {self.path}: not the base that the adapters of {path} were trained over "
+                f"(fingerprint {self.fingerprint}, not {base['fingerprint']}); that was {base['path']}"
+            )
+
+
+def _path(config: Config, adapters: Path | None) -> Path:
+    meta = {} if adapters is None else store.read_meta(adapters)
+    is_same = "base" in meta and store.saved_config(meta).train.init_from == config.train.init_from
+    return Path(meta["base"]["path"] if is_same else config.train.init_from)
+
+
+def _check(path: Path, meta: dict, config: Config, vocab_size: int, tokenizer: Path) -> None:
+    saved = store.saved_config(meta)
+    for name in SHAPE:
+        was, now = getattr(saved.model, name), getattr(config.model, name)
+        if was != now:
+            raise CheckpointError(
+                f"model.{name} = {now}: train.init_from = {path} was made with {was}; "
+                "set it to that, or begin from another checkpoint"
+            )
+    if meta["vocab_size"] != vocab_size or _tokens(path / "tokenizer") != _tokens(tokenizer):
+        raise CheckpointError(
+            f"train.init_from = {path}: its tokenizer ({meta['vocab_size']} ids) is not that of data.path "
+            f"({vocab_size} ids); prepare the text with it: tidar prepare ... --tokenizer {path / 'tokenizer'}"
+        )
+
+
+def _tokens(folder: Path) -> dict:
+    return json.loads((folder / "tokenizer.json").read_text())["model"]
+
+
+def fingerprint(path: Path) -> str:
+    """Of a checkpoint's files: names, sizes and evenly spread pieces of each. Weights that were trained otherwise, or
+    further, differ in nearly every piece; nobody waits until terabytes are read. Raises CheckpointError."""
+    digest = hashlib.sha256()
+    for name, size in sorted(store.read_meta(path)["files"].items()):
+        digest.update(f"{name} {size}\n".encode())
+        try:
+            with (path / name).open("rb") as file:
+                for start in sorted({size * i // _PIECES for i in range(_PIECES)}):
+                    file.seek(start)
+                    digest.update(file.read(_PIECE_BYTES))
+        except OSError as error:
+            raise CheckpointError(f"{path / name}: cannot be read ({error.strerror})") from None
+    return digest.hexdigest()[:32]
