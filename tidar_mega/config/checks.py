@@ -75,8 +75,8 @@ def check(config: Config) -> None:
     _choice("parallel.recompute", p.recompute, ("none", "selective", "full"))
     _choice("optimizer.schedule", o.schedule, ("cosine", "wsd", "constant"))
     for key in ("position_weight", "focal_weight", "chain_weight"):
-        if config.method == "ar":
-            value, allowed = getattr(t, key), "0 with method = ar, which drafts nothing"
+        if not config.drafts_blocks:
+            value, allowed = getattr(t, key), f"0 with method = {config.method}, which drafts no blocks"
             _require(value == 0, f"train.{key}", value, allowed, "or set method = tidar")
     _require(0 < t.draft_fraction <= 1, "train.draft_fraction", t.draft_fraction, "above 0 and at most 1")
     for key, beta in {"optimizer.beta1": o.beta1, "optimizer.beta2": o.beta2}.items():
@@ -126,7 +126,7 @@ def _check_parallel(config: Config) -> None:
     if p.sequence:
         _require(p.tensor > 1, "parallel.sequence", True, "true only with parallel.tensor above 1")
     if p.sequence and p.context == 1:  # with context parallelism, each rank's rows are filled up to a multiple
-        drafted = 0 if config.method == "ar" else max(1, round(t.draft_fraction * length / t.block)) * t.block
+        drafted = 0 if not config.drafts_blocks else max(1, round(t.draft_fraction * length / t.block)) * t.block
         allowed = (
             f"a length whose clean and mask rows ({length} + {drafted}) are a multiple of parallel.tensor ({p.tensor})"
         )

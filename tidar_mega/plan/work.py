@@ -22,7 +22,7 @@ class Work:
 
 def drafted_rows(config: Config) -> int:
     """Mask rows of a sequence: whole blocks, the share train.draft_fraction of them."""
-    if config.method == "ar":
+    if not config.drafts_blocks:
         return 0
     length, block = config.data.seq_length, config.train.block
     return max(1, round(config.train.draft_fraction * length / block)) * block
