@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests import processes
-from tests.test_layouts import ALONE, GRADIENT, LAYOUTS, LOSS, Trainer, compare, load_and_go_on, save_and_go_on, train
+from tests.test_layouts import ALONE, GRADIENT, LAYOUTS, LOSS, Result, Trainer, compare, load_and_go_on, save_and_go_on
 from tests.test_layouts import settings as tidar_settings
 from tests.test_main_job import make_corpus
 from tidar_mega import config as config_module
@@ -21,6 +21,18 @@ def settings(corpus: Path, layout: tuple, method: str, **more) -> config_module.
     config = replace(tidar_settings(corpus, layout, 1.0, **more), method=method)
     config_module.check(config)
     return config
+
+
+def train(rank: int, configs: list[config_module.Config]) -> list[Result]:
+    """Three steps with each config."""
+    results = []
+    for config in configs:
+        trainer = Trainer(config)
+        first = trainer.step()
+        gradients = trainer.gradients
+        figures = [first, trainer.step(), trainer.step()]
+        results.append(Result(figures, gradients, trainer.mesh.tensor.rank(), trainer.mesh.has_head))
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -63,16 +75,3 @@ def test_a_checkpoint_goes_on_under_any_layout(corpus, tmp_path):
         got = torch.tensor(processes.run(load_and_go_on, size, settings(corpus, layout, "ssmd"), path)[0])
         error = float(((got - torch.tensor(expected)).abs() / torch.tensor(expected).abs().clamp(min=0.1)).max())
         assert error < LOSS
-
-
-def two_steps(rank: int, config: config_module.Config):
-    trainer = Trainer(config)
-    return [trainer.step() for _ in range(2)]
-
-
-def test_context_and_sequence_parallel_with_pipeline(corpus):
-    """All that a causal block's rows pass at once: gathered over the tensor group, then over the context group."""
-    expected = processes.run(two_steps, 1, settings(corpus, ALONE, "ssmd"))[0]
-    config = settings(corpus, (2, 1, 1, 2, 1), "ssmd")
-    for got in processes.run(two_steps, 4, config):
-        assert torch.allclose(torch.tensor(got), torch.tensor(expected), rtol=LOSS)
