@@ -42,23 +42,24 @@ class PlainSsmd(PlainTidar):
         q, k, v = qkv[:, :, :share].reshape(size, heads, -1), qkv[:, :, share], qkv[:, :, share + 1]
         if self.shape["qk_layernorm"]:
             q, k = self.norm(q, p + "q_layernorm"), self.norm(k, p + "k_layernorm")
-        q, k = turn(q.transpose(0, 1)), turn(k.transpose(0, 1)).repeat_interleave(share, dim=0)
+        turn_q, turn_k = turn
+        q, k = turn_q(q.transpose(0, 1)), turn_k(k.transpose(0, 1)).repeat_interleave(share, dim=0)
         v = v.transpose(0, 1).repeat_interleave(share, dim=0)
         score = (q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).masked_fill(~allowed, float("-inf"))
         return F.linear((score.softmax(-1) @ v).transpose(0, 1).reshape(size, -1), self.w[p + "linear_proj.weight"])
 
     def one_position(self, position):
-        return lambda x: rope(x, position, self.shape["rotary_base"])
+        return (lambda x: rope(x, position, self.shape["rotary_base"]),) * 2
 
     def two_positions(self, before, own):
-        """Frequencies 0, 2, .. turn by the place before, 1, 3, .. by the own one."""
+        """Queries turn by their own place; keys at frequencies 0, 2, .. by that of their token, the place before."""
 
         def turn(x):
             by_before, by_own = (rope(x, position, self.shape["rotary_base"]) for position in (before, own))
             frequency = torch.arange(x.shape[-1]) % (x.shape[-1] // 2)
             return torch.where(frequency % 2 == 0, by_before, by_own)
 
-        return turn
+        return self.one_position(own)[0], turn
 
     def noncausal(self, token: torch.Tensor, layers: int) -> torch.Tensor:
         x, size = self.w["embedding.word_embeddings.weight"][token], len(token)

@@ -10,7 +10,7 @@ non-causal blocks drafts all others; what is revealed of them reaches to the end
                   drafted before it, and so nothing that the non-causal blocks have not seen: its target is its draft.
 
 Forwards are counted as the paper counts them: a forward of the whole model is 1, with its first verification; every
-further verification costs the causal block's share of the model.
+further verification costs the causal block's share of the model, and a draft that nothing verifies is cheaper by it.
 
 Randomness is a function of (seed, number of the sample). Shape suffixes: B sequences, S places, V vocabulary ids.
 """
@@ -113,7 +113,7 @@ class _Sequences:
         is_revealed = order < ends[:, None]
         self.token_BS[at] = token.where(is_revealed, torch.full_like(token, self.model.mask_id))
         self.revealed_B[at] = ends
-        self.forwards_B[at] += 1 + self.model.causal_share * repeats
+        self.forwards_B[at] += (1 if window.verify else 1 - self.model.causal_share) + self.model.causal_share * repeats
 
     def _verify(self, most: int, at: Tensor, states, log_draft: Tensor, token: Tensor, ends: Tensor):
         """Tokens after at most `most` verifications, how far they are revealed, and the repeats beyond the first."""

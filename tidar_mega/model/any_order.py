@@ -1,8 +1,10 @@
 """The causal block of self-speculative masked diffusion (arXiv 2510.03929), the last layer of the backbone.
 
-Its row for the place n = sigma(j+1) is made from the hidden state of n, the hidden state and the token of the place
-before it in the order, p = sigma(j), and turned by both positions. What comes out is added to the hidden state of n
-(output residual) and goes through the same norm and head, so that the target begins as the draft.
+Its row for the place n = sigma(j+1) is made from the hidden state of n, and the hidden state and the token of the place
+before it in the order, p = sigma(j). Both positions are encoded: a query asks from its own place n; half of the
+frequencies of a key say where its token stands, p, the other half its own place. (With p in the queries, too, scores
+would know how far two tokens are apart, but not how far a token is from the place to be predicted.) What comes out is
+added to the hidden state of n (output residual) and goes through the same norm and head: target and draft begin alike.
 
 Shape suffixes: B sequences, T rows of the forward (L of them on this sequence-parallel rank), K keys, D hidden width.
 """
@@ -69,7 +71,8 @@ class CausalLayer(TransformerLayer):
     def causal(self, hidden_LBD: Tensor, context: AnyOrderAttention) -> Tensor:
         """What the causal rows come to, [L, B, D], from the hidden states of the layer before."""
         mixed_LBD = self.causal_input(hidden_LBD, context)
-        angles = rope.angles_of_two(*context.positions(), self.frequency)
+        before_BT, own_BT = context.positions()
+        angles = rope.angles(own_BT, self.frequency), rope.angles_of_two(before_BT, own_BT, self.frequency)
         out_LBD, _ = super().forward(
             hidden_states=mixed_LBD, attention_mask=None, rotary_pos_emb=angles, attention_bias=context.causal
         )
