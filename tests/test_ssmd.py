@@ -118,6 +118,12 @@ def test_padding_carries_no_weight():
     assert (rows.weight > 0).any()
 
 
+@pytest.mark.parametrize(("override", "key"), [("model.num_layers=1", "num_layers"), ("train.focal_weight=1", "focal")])
+def test_what_the_method_cannot_have_is_refused(override, key):
+    with pytest.raises(config_module.ConfigError, match=f"{key}.*method = ssmd"):
+        config_module.load(None, ["method=ssmd", override])
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("backend", ["dense", "tiles"])

@@ -111,6 +111,9 @@ def _check_shapes(config: Config) -> None:
         m.num_query_groups,
         f"a divisor of model.num_attention_heads ({m.num_attention_heads})",
     )
+    if config.has_causal_block:
+        allowed = f"2 or more with method = {config.method}, whose last layer verifies what the others draft"
+        _require(m.num_layers > 1, "model.num_layers", m.num_layers, allowed)
     for key, value in {
         "model.num_attention_heads": m.num_attention_heads,
         "model.num_query_groups": m.num_query_groups,
