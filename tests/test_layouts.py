@@ -69,6 +69,8 @@ def settings(corpus: Path, layout: tuple, fraction: float = 1.0, **more) -> conf
 class Trainer:
     """The parts of a run on one rank, without its folder."""
 
+    FIGURES = ("loss_ar", "loss_draft", "draft_accuracy", "loss_diffusion", "loss_noncausal", "loss_causal")
+
     def __init__(self, config: config_module.Config) -> None:
         from tidar_mega import methods
         from tidar_mega.checkpoint.state import Progress, TrainState
@@ -87,8 +89,8 @@ class Trainer:
         method = methods.load(config, self.stream.tokenizer.mask)
         self.task = Task(config, self.mesh, method, chunks, torch.as_tensor(self.stream.tokenizer.token_bytes))
 
-    def step(self) -> tuple[float, float, float, float]:
-        """Both losses, draft accuracy and gradient norm of the next step."""
+    def step(self) -> tuple[float, ...]:
+        """The losses, what accuracy of drafts the method has, and the gradient norm of the next step."""
         from tidar_mega.train import optim
         from tidar_mega.train.step import accumulate_gradients, micro_batches, summarise
 
@@ -101,7 +103,7 @@ class Trainer:
         self.state.scheduler.step(1)
         progress.step += 1
         progress.samples += count
-        return figures["loss_ar"], figures["loss_draft"], figures["draft_accuracy"], norm
+        return *(value for name, value in sorted(figures.items()) if name in self.FIGURES), norm
 
     def _gradients(self) -> dict[str, torch.Tensor]:
         """This rank's gradients by the names of the whole model; the distributed optimizer left a part on each rank."""

@@ -210,6 +210,36 @@ def test_an_autoregressive_model_has_no_mask_rows():
     assert (work.rows, work.pairs) == (LENGTH, LENGTH * (LENGTH + 1) / 2)
 
 
+def test_masked_diffusion_and_its_causal_block_are_counted():
+    """Parameters and operations of the real model; a dense mask computes all pairs of the causal block, too."""
+    from tidar_mega import methods
+    from tidar_mega.losses import cross_entropy
+    from tidar_mega.model.any_order import AnyOrderAttention
+    from tidar_mega.parallel.context import whole
+    from tidar_mega.plan.work import attention_flops
+    from tidar_mega.rows import visible_pairs
+
+    config = config_module.override(settings({"attention": "dense"}), ["method=ssmd"])
+    _, (model,) = start(config)
+    vocab, count = layout_of(config).vocab, 64
+    counted = sum(p.numel() for p in model.parameters())
+    assert layout_of(config).parameters(0) == total_parameters(config, vocab) == counted
+    rows = methods.load(config, MASK).training_rows(clean_rows(count), torch.arange(count))
+    work, pairs = sequence_work(config), visible_pairs(rows) / count
+    assert (rows.shape[1], pairs) == (work.rows, work.pairs)
+    assert int((rows.weight > 0).sum()) / count == pytest.approx(work.head_rows, rel=0.1)  # the mean of the draws
+    one = rows.select(slice(0, 1))
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+    ):
+        hidden = model(rows=one, context=AnyOrderAttention(whole(one), "dense"))
+        cross_entropy(hidden, model.head_weight, one, None, 64).total.backward()
+    expected = training_flops(config, vocab, work.rows, pairs, int((one.weight > 0).sum()))
+    in_vain = 3 * attention_flops(config, LENGTH**2 - LENGTH * (LENGTH + 1) / 2)
+    assert counter.get_total_flops() == pytest.approx(expected + in_vain, rel=1e-9)
+
+
 # pipeline
 
 

@@ -328,6 +328,13 @@ def _add_bench_slots(parser, _) -> None:
     _add_measurement(parser, slots)
 
 
+def _add_bench_diffusion(parser, _) -> None:
+    from tidar_mega.bench import diffusion
+
+    _add_checkpoint(parser)
+    _add_measurement(parser, diffusion)
+
+
 def _add_measurement(parser, module) -> None:
     parser.set_defaults(verb=_bench, measure=module.run)
     module.add_arguments(parser)
@@ -376,6 +383,10 @@ _BENCHES = {
     "train": (_add_bench_train, "A training step against a plain-PyTorch model with the dense mask."),
     "layouts": (_add_bench_layouts, "Every parallel layout against one process, and its share of communication."),
     "decode": (_add_bench_decode, "Fused decoding against plain AR in the same engine, and against transformers."),
+    "diffusion": (
+        _add_bench_diffusion,
+        "Self-speculative against standard masked diffusion: quality against forwards.",
+    ),
     "slots": (_add_bench_slots, "One decoding forward against its number of rows; decode.outcomes=auto uses it."),
 }
 

@@ -106,6 +106,17 @@ def visible(q: Rows, k: Rows) -> Tensor:
     )
 
 
+def place_before(q: Rows, k: Rows) -> tuple[Tensor, Tensor]:
+    """Which key row stands directly before each query row in the order of its document, int64 [B, Q] (0 where there is
+    none), and where there is one, bool [B, Q]. The orders of a document's key rows must differ."""
+    steps = int(k.order.max()) + 2
+    code_BQ, code_BK = q.document * steps + q.order - 1, k.document * steps + k.order
+    sorted_BK, place_BK = code_BK.sort(dim=1)
+    at_BQ = torch.searchsorted(sorted_BK, code_BQ).clamp(max=sorted_BK.shape[1] - 1)
+    exists_BQ = (sorted_BK.gather(1, at_BQ) == code_BQ) & (q.order > 0) & (q.document != PADDING)
+    return place_BK.gather(1, at_BQ).masked_fill(~exists_BQ, 0), exists_BQ
+
+
 def visible_pairs(rows: Rows) -> int:
     """How many (query, key) pairs of real rows the mask allows, without making it: the work of exact attention.
 

@@ -77,8 +77,8 @@ def check(config: Config) -> None:
     _choice("parallel.recompute", p.recompute, ("none", "selective", "full"))
     _choice("optimizer.schedule", o.schedule, ("cosine", "wsd", "constant"))
     for key in ("position_weight", "focal_weight", "chain_weight"):
-        if config.method in ("ar", "block_diffusion"):
-            reason = "drafts nothing" if config.method == "ar" else "has blocks that are masked in part"
+        if not config.drafts_blocks or config.method == "block_diffusion":
+            reason = "has blocks that are masked in part" if config.drafts_blocks else "drafts no blocks"
             value, allowed = getattr(t, key), f"0 with method = {config.method}, which {reason}"
             _require(value == 0, f"train.{key}", value, allowed, "or set method = tidar")
     if t.balance_clean:
@@ -117,6 +117,9 @@ def _check_shapes(config: Config) -> None:
         m.num_query_groups,
         f"a divisor of model.num_attention_heads ({m.num_attention_heads})",
     )
+    if config.has_causal_block:
+        allowed = f"2 or more with method = {config.method}, whose last layer verifies what the others draft"
+        _require(m.num_layers > 1, "model.num_layers", m.num_layers, allowed)
     for key, value in {
         "model.num_attention_heads": m.num_attention_heads,
         "model.num_query_groups": m.num_query_groups,
@@ -132,7 +135,7 @@ def _check_parallel(config: Config) -> None:
     if p.sequence:
         _require(p.tensor > 1, "parallel.sequence", True, "true only with parallel.tensor above 1")
     if p.sequence and p.context == 1:  # with context parallelism, each rank's rows are filled up to a multiple
-        drafted = 0 if config.method == "ar" else max(1, round(t.draft_fraction * length / t.block)) * t.block
+        drafted = 0 if not config.drafts_blocks else max(1, round(t.draft_fraction * length / t.block)) * t.block
         allowed = (
             f"a length whose clean and mask rows ({length} + {drafted}) are a multiple of parallel.tensor ({p.tensor})"
         )
@@ -185,8 +188,8 @@ def _check_lora(config: Config) -> None:
     _require(ok, "lora.targets", lora.targets, f"some of {', '.join(targets)}")
     allowed = "the run or checkpoint whose weights stay frozen under the adapters of lora.rank"
     _require(config.train.init_from is not None, "train.init_from", None, allowed, "or set lora.rank = 0")
-    allowed = "0 with method = ar, which has no mask rows for adapters to act on"
-    _require(config.method != "ar", "lora.rank", lora.rank, allowed)
+    allowed = f"0 with method = {config.method}, which has no mask rows for adapters to act on"
+    _require(config.drafts_blocks, "lora.rank", lora.rank, allowed)
     layers, allowed = config.precision.layers, "auto or local with lora.rank: adapters sit in megatron's own layers"
     _require(layers != "te", "precision.layers", layers, allowed)
     _require(config.precision.fp8 == "none", "precision.fp8", config.precision.fp8, "none with lora.rank")

@@ -192,3 +192,18 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
+
+    @property
+    def drafts_blocks(self) -> bool:
+        """Whether a training forward has blocks of mask rows (train.block, draft_fraction) beside the clean rows."""
+        return self.method not in ("ar", "masked_diffusion", "ssmd")
+
+    @property
+    def is_left_to_right(self) -> bool:
+        """Whether the clean rows are a causal model, which `tidar generate` continues a prompt with."""
+        return self.method not in ("masked_diffusion", "ssmd")
+
+    @property
+    def has_causal_block(self) -> bool:
+        """Whether the last layer is causal in a random order of the places (arXiv 2510.03929)."""
+        return self.method == "ssmd"

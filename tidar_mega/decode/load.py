@@ -12,7 +12,7 @@ from tidar_mega import device, methods
 from tidar_mega.checkpoint import convert, store
 from tidar_mega.checkpoint.base import Base
 from tidar_mega.checkpoint.state import fill, sharded_weights
-from tidar_mega.config import Config, UserError
+from tidar_mega.config import Config, ConfigError, UserError
 from tidar_mega.data.tokenizer import Tokenizer
 from tidar_mega.decode import latency
 from tidar_mega.decode.engine import Engine
@@ -96,7 +96,8 @@ def load_engine(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     Raises CheckpointError or ConfigError.
     """
     checkpoint, config = saved(path, overrides)
-    config = _layout(config)
+    _check_left_to_right(config, path)
+    config = layout(config)
     if processes(config) == 1:
         device.start_alone()
     else:
@@ -140,7 +141,8 @@ def load_model(checkpoint: Path, config: Config, mesh: Mesh) -> HybridGPT:
 def export(path: Path, overrides: list[str] | tuple[str, ...], folder: Path) -> Path:
     """Writes a checkpoint as a Hugging Face model in `decode.dtype`. Raises CheckpointError, ConfigError, UserError."""
     checkpoint, config = saved(path, [*overrides, "decode.tensor=1", "decode.pipeline=1", "decode.data=1"])
-    config = _layout(config)
+    _check_left_to_right(config, path)
+    config = layout(config)
     if config.lora.rank:
         raise UserError(
             f"{checkpoint}: its adapters act on mask rows alone, which a Hugging Face model does not have, and merged "
@@ -157,7 +159,16 @@ def write_transformers(checkpoint: Path, config: Config, folder: Path, mesh: Mes
     return convert.export(model, config, checkpoint / "tokenizer", about, tokenizer.eod, folder)
 
 
-def _layout(config: Config) -> Config:
+def _check_left_to_right(config: Config, path: str | Path) -> None:
+    if not config.is_left_to_right:
+        raise ConfigError(
+            f"method = {config.method}: {path} has no causal half that could continue a prompt or be exported; sample "
+            f"it with `tidar bench diffusion {path} --judge RUN_OF_METHOD_AR`, or from Python with "
+            "tidar_mega.decode.diffusion"
+        )
+
+
+def layout(config: Config) -> Config:
     """Decoding has its own precision and its own layout; of the layers it wants only the weights."""
     d = config.decode
     return replace(

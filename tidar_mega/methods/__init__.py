@@ -52,7 +52,7 @@ class Method(Protocol):
 
     terms: tuple[Term, ...]
     drafts: DraftTerms  # losses of whole drafts, on top of the terms
-    drafter: Drafter
+    drafter: Drafter | None  # None of a method that does not continue prompts (decode/diffusion.py samples it)
 
     def training_rows(self, clean: Rows, sample: Tensor) -> Rows:
         """The rows of one forward. `clean` [B, S] is the packed text, `sample` int64 [B] its global sample indices."""

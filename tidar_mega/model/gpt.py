@@ -21,7 +21,8 @@ from torch import Tensor
 
 from tidar_mega.config import Config
 from tidar_mega.device import has_cuda
-from tidar_mega.model import lora
+from tidar_mega.model import lora, rope
+from tidar_mega.model.any_order import AnyOrderAttention
 from tidar_mega.model.attention import AttentionContext
 from tidar_mega.model.spec import block_spec, set_weight, transformer_config
 from tidar_mega.rows import Rows
@@ -33,9 +34,8 @@ class HybridGPT(GPTModel):
     def __init__(self, *args, rotary_base: float, has_adapters: bool = False, **kwargs) -> None:
         super().__init__(*args, position_embedding_type="none", **kwargs)
         self.has_adapters = has_adapters
-        width = self.config.kv_channels
-        exponents = torch.arange(0, width, 2, dtype=torch.float64) / width
-        self.register_buffer("inverse_frequency", (rotary_base**-exponents).float(), persistent=False)
+        frequency = rope.frequencies(rotary_base, self.config.kv_channels)
+        self.register_buffer("inverse_frequency", frequency, persistent=False)
 
     def forward(self, rows: Rows, context: AttentionContext) -> Tensor:
         """Hidden states after the final norm, [T, B, D], identical on every tensor-parallel rank.
@@ -74,14 +74,39 @@ class HybridGPT(GPTModel):
         if self.has_adapters and embedded is not None and torch.is_grad_enabled():
             # a frozen embedding has no gradient, and what is recomputed behind it would then have none either
             embedded = embedded.detach().requires_grad_()
-        return (embedded, self._rope_angles(position_ids), *rest)
-
-    def _rope_angles(self, position_BT: Tensor) -> Tensor:
-        angle_TBE = position_BT.t().float()[..., None] * self.inverse_frequency
-        return torch.cat([angle_TBE, angle_TBE], dim=-1)[:, :, None, :]
+        return (embedded, rope.angles(position_ids, self.inverse_frequency), *rest)
 
     def _postprocess(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
         return hidden_states
+
+
+class AnyOrderGPT(HybridGPT):
+    """The backbone with the causal block of self-speculative masked diffusion as its last layer (arXiv 2510.03929)."""
+
+    def forward(self, rows: Rows, context: AnyOrderAttention) -> Tensor:
+        """As in HybridGPT, for the 2S rows of `methods/ssmd.py`: the layers before the last run the first half, the
+        last one makes the states of the other, [2S, B, D]."""
+        hidden = super().forward(rows.slice(0, rows.shape[1] // 2), context)
+        if not (self.post_process and self.config.sequence_parallel):
+            return hidden
+        ranks = self.pg_collection.tp.size()  # each rank gave its rows of the first half, then those of the second
+        return hidden.unflatten(0, (ranks, 2, -1)).transpose(0, 1).flatten(0, 2)
+
+    def noncausal(self, rows: Rows, context: AttentionContext) -> Tensor:
+        """Hidden states behind the layers before the last, [S, B, D], of S rows; whole model in this process."""
+        hidden = self.embedding(input_ids=rows.token, position_ids=rows.position)
+        angles = rope.angles(rows.position, self.inverse_frequency)
+        for layer in self.decoder.layers[:-1]:
+            hidden, _ = layer(hidden, attention_mask=None, rotary_pos_emb=angles, attention_bias=context)
+        return hidden
+
+    def causal(self, hidden_SBD: Tensor, context: AnyOrderAttention) -> Tensor:
+        """Hidden states of the causal rows, [S, B, D], from what `noncausal` gave."""
+        return self.decoder.layers[-1].causal(hidden_SBD, context)
+
+    def speak(self, hidden_NBD: Tensor) -> Tensor:
+        """Logits of either kind of hidden states, [N, B, V]."""
+        return self.logits(self.decoder.final_layernorm(hidden_NBD))
 
 
 def build(config: Config, vocab_size: int, training: bool = True) -> list[HybridGPT]:
@@ -101,15 +126,18 @@ def build(config: Config, vocab_size: int, training: bool = True) -> list[Hybrid
 
 def _chunk(config: Config, shape: TransformerConfig, vocab_size: int, vp_stage: int | None) -> HybridGPT:
     rank, last = parallel_state.get_pipeline_model_parallel_rank(), config.parallel.pipeline - 1
-    return HybridGPT(
+    ids, base = padded_vocab_size(config, vocab_size), config.model.rotary_base
+    post_process = rank == last and vp_stage in (None, config.parallel.virtual_pipeline - 1)
+    causal = {"vocab_size": ids, "rotary_base": base} if config.has_causal_block and post_process else None
+    return (AnyOrderGPT if config.has_causal_block else HybridGPT)(
         config=shape,
-        transformer_layer_spec=block_spec(shape, vp_stage, config.lora),
-        vocab_size=padded_vocab_size(config, vocab_size),
+        transformer_layer_spec=block_spec(shape, vp_stage, config.lora, causal),
+        vocab_size=ids,
         max_sequence_length=config.data.seq_length,
         pre_process=rank == 0 and vp_stage in (None, 0),
-        post_process=rank == last and vp_stage in (None, config.parallel.virtual_pipeline - 1),
+        post_process=post_process,
         share_embeddings_and_output_weights=config.model.tie_embeddings,
-        rotary_base=config.model.rotary_base,
+        rotary_base=base,
         has_adapters=config.lora.rank > 0,
         vp_stage=vp_stage,
     )
@@ -136,10 +164,13 @@ def initialise(chunks: list[HybridGPT], seed: int) -> None:
 
 
 def _draw(weight: Tensor, chunk: HybridGPT, seed: int, name: str) -> None:
-    writes_residual = "linear_proj" in name or "linear_fc2" in name  # split over its inputs, and scaled with depth
-    std = chunk.config.init_method_std / (math.sqrt(2 * chunk.config.num_layers) if writes_residual else 1)
+    is_whole = "mix" in name  # on every rank
+    writes_residual = "linear_proj" in name or "linear_fc2" in name  # split over its inputs
+    scaled = math.sqrt(2 * chunk.config.num_layers) if writes_residual or is_whole else 1  # with depth
+    dim = None if is_whole else 1 if writes_residual else 0
     # a rank's part of fc1 is a slice of the gate and a slice of the up projection
-    _set_part(weight, seed, name, std, dim=1 if writes_residual else 0, pieces=2 if "linear_fc1" in name else 1)
+    pieces = 2 if "linear_fc1" in name else 1
+    _set_part(weight, seed, name, chunk.config.init_method_std / scaled, dim, pieces)
 
 
 def _draw_adapter(weight: Tensor, chunk: HybridGPT, seed: int, name: str) -> None:

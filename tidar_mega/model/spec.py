@@ -18,12 +18,14 @@ from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 from tidar_mega.config import Config, LoraConfig
 from tidar_mega.device import DTYPES, has_cuda
 from tidar_mega.model import lora, precision
+from tidar_mega.model.any_order import CausalLayer
 from tidar_mega.model.attention import HybridAttention
+from tidar_mega.model.norm import Norm
 
 
 @dataclass
@@ -65,6 +67,8 @@ def _shape(config: Config) -> dict:
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "init_method_std": m.init_std,
+        # megatron keeps layers of one kind as one tensor on disk, and the causal layer is of another
+        "hetereogenous_dist_checkpoint": config.has_causal_block,
     }
 
 
@@ -119,10 +123,15 @@ def _implementation(config: Config, layers: str) -> dict:
 
 
 def block_spec(
-    shape: BackboneConfig, vp_stage: int | None = None, adapters: LoraConfig | None = None
+    shape: BackboneConfig,
+    vp_stage: int | None = None,
+    adapters: LoraConfig | None = None,
+    causal: dict | None = None,
 ) -> TransformerBlockSubmodules:
-    """The layers of one pipeline stage (one virtual stage of it) around the hybrid attention, and the last norm; with
-    `adapters`, in local layers, whose rank is not 0 adapters in them."""
+    """The layers of one pipeline stage (one virtual stage of it) around the hybrid attention, and the last norm.
+
+    `adapters`, of a rank above 0, are in its local layers. `causal`: the last layer is a `CausalLayer` with these
+    arguments."""
     engine = shape.transformer_impl == "transformer_engine"
     layer = _engine_layer(shape) if engine else _local_layer(shape)
     attention = layer.submodules.self_attention.submodules
@@ -131,7 +140,10 @@ def block_spec(
         attention.q_layernorm = attention.k_layernorm = Norm
     if adapters is not None and adapters.rank:
         lora.adapt(layer, adapters)
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(shape, vp_stage), layer_norm=Norm)
+    layers = [layer] * get_num_layers_to_build(shape, vp_stage)
+    if causal is not None:
+        layers[-1] = ModuleSpec(module=CausalLayer, params={**layer.params, **causal}, submodules=layer.submodules)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=Norm)
 
 
 def _local_layer(shape: BackboneConfig) -> ModuleSpec:
@@ -165,14 +177,6 @@ def _fused(linear: type) -> type:
             super().__init__(*args, config=config, **kwargs)
 
     return Fused
-
-
-class Norm(nn.RMSNorm):
-    """RMSNorm whose gradient megatron sums over the tensor group if rows are split over it (its stock norm refuses)."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel
 
 
 @torch.no_grad()

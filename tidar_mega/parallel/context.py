@@ -97,6 +97,37 @@ def split(rows: Rows, group: dist.ProcessGroup | None, block: int, multiple: int
     return Part(mine, keys, places, clean // ranks, group)
 
 
+def split_halves(rows: Rows, group: dist.ProcessGroup | None, multiple: int = 1) -> Part:
+    """As `split`, for 2S rows of which S and S are of the same places (`methods/ssmd.py`): the first S are dealt, and
+    each rank computes the other rows of its places, too. `halves` takes the part apart again."""
+    if group is None or group.size() == 1:
+        return whole(rows)
+    size = rows.shape[1] // 2
+    first, second = split(rows.slice(0, size), group, 1, multiple), rows.slice(size, 2 * size)
+    mine = _take(second, first.index)
+    keys = concatenate([second, mine.slice(first.clean, mine.shape[1])], dim=1)
+    places = first.places.where(first.places == EMPTY, first.places + size)
+    return Part(
+        concatenate([first.rows, mine], dim=1),
+        concatenate([first.keys, keys], dim=1),
+        torch.cat([first.places, places], dim=2),
+        first.clean,
+        group,
+    )
+
+
+def halves(part: Part) -> tuple[Part, Part]:
+    """The two parts of S places each that `split_halves` has put together; keys of both travel alike."""
+    rows, keys, size = part.rows.shape[1] // 2, part.keys.shape[1] // 2, int(part.places.max() + 1) // 2
+    parts = []
+    for i in (0, 1):
+        places = part.places[:, :, i * rows : (i + 1) * rows]
+        own = part.rows.slice(i * rows, (i + 1) * rows)
+        seen = own if part.group is None else part.keys.slice(i * keys, (i + 1) * keys)
+        parts.append(Part(own, seen, places.where(places == EMPTY, places - i * size), part.clean, part.group))
+    return tuple(parts)
+
+
 def deal(rows: Rows, clean: int, ranks: int, slots: int) -> Tensor:
     """The place of every rank's rows in the whole rows, int64 [R, B, clean / ranks + slots], EMPTY for padding."""
     places_RBL = np.full((ranks, rows.shape[0], clean // ranks + slots), EMPTY)
@@ -128,6 +159,15 @@ def gather_keys(k_TBGE: Tensor, v_TBGE: Tensor, part: Part) -> tuple[Tensor, Ten
     if part.group is None:
         return k_TBGE, v_TBGE
     return _GatherKeys.apply(k_TBGE, v_TBGE, part)
+
+
+def gather_states(x_LBD: Tensor, part: Part) -> Tensor:
+    """Hidden states of `part.keys`, [K, B, D], from those of `part.rows`; differentiable. Collective over the context
+    group: the two halves of a state travel as keys and values do."""
+    if part.group is None:
+        return x_LBD
+    first, second = (x[:, :, None].contiguous() for x in x_LBD.chunk(2, dim=-1))
+    return torch.cat([x_KB1D.squeeze(2) for x_KB1D in gather_keys(first, second, part)], dim=-1)
 
 
 class _GatherKeys(torch.autograd.Function):

@@ -12,6 +12,11 @@ def layer_parameters(config: Config) -> int:
     return attention + 3 * m.hidden_size * m.ffn_hidden_size
 
 
+def causal_input_parameters(config: Config) -> int:
+    """Weights before the causal layer of self-speculative masked diffusion that are multiplied with every row."""
+    return 3 * config.model.hidden_size**2 if config.has_causal_block else 0
+
+
 def head_parameters(config: Config, vocab_size: int) -> int:
     return config.model.hidden_size * vocab_size
 
@@ -35,8 +40,13 @@ def bias_parameters(config: Config) -> int:
 def total_parameters(config: Config, vocab: int) -> int:
     """All weights of the model, tied ones once. `vocab` is the padded size."""
     layer = layer_parameters(config) + norm_parameters(config) + bias_parameters(config)
-    tables = 1 if config.model.tie_embeddings else 2
-    return config.model.num_layers * layer + config.model.hidden_size + tables * head_parameters(config, vocab)
+    tables = (1 if config.model.tie_embeddings else 2) + config.has_causal_block
+    own = config.model.num_layers * layer + causal_input_parameters(config) + _causal_norms(config)
+    return own + config.model.hidden_size + tables * head_parameters(config, vocab)
+
+
+def _causal_norms(config: Config) -> int:
+    return 2 * config.model.hidden_size if config.has_causal_block else 0
 
 
 def stage_parameters(config: Config, vocab: int, stage: int) -> int:
@@ -55,4 +65,6 @@ def stage_parameters(config: Config, vocab: int, stage: int) -> int:
     if is_last:
         is_same_table = is_first and m.tie_embeddings
         total += m.hidden_size + (0 if is_same_table else table)
+        if config.has_causal_block:
+            total += causal_input_parameters(config) + _causal_norms(config) + table
     return total

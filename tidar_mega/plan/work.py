@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tidar_mega.config import Config
-from tidar_mega.plan.parameters import head_parameters, layer_parameters
+from tidar_mega.plan.parameters import causal_input_parameters, head_parameters, layer_parameters
 
 ATTENTION_TILE = 128  # FlexAttention computes whole tiles of so many queries and keys (`model/attention.py`)
 
@@ -16,13 +16,13 @@ class Work:
 
     rows: int
     pairs: float  # (query, key) pairs that the mask allows
-    tile_pairs: float  # pairs that kernels compute, which skip whole tiles only
-    head_rows: int  # rows with a loss
+    tile_pairs: float  # pairs of one layer that kernels compute, which skip whole tiles only
+    head_rows: float  # rows with a loss
 
 
 def drafted_rows(config: Config) -> int:
     """Mask rows of a sequence: whole blocks, the share train.draft_fraction of them."""
-    if config.method == "ar":
+    if not config.drafts_blocks:
         return 0
     length, block = config.data.seq_length, config.train.block
     return max(1, round(config.train.draft_fraction * length / block)) * block
@@ -35,6 +35,8 @@ def sequence_work(config: Config) -> Work:
     section 3.1), the mean over which blocks are drafted; (B - 1) / 2 fewer per mask where blocks are causal (I-DLM).
     """
     length, block, drafted = config.data.seq_length, config.train.block, drafted_rows(config)
+    if not config.is_left_to_right:
+        return _any_to_any_work(config)
     tile = min(ATTENTION_TILE, length)
     unseen = (block - 1) / 2 if config.method == "idlm" else 0
     masked = (block + 1) / (2 * block) if config.method == "block_diffusion" else 1  # others have no loss
@@ -47,6 +49,33 @@ def sequence_work(config: Config) -> Work:
     )
 
 
+def _any_to_any_work(config: Config) -> Work:
+    """Masked diffusion: every row sees every row, and (S + 1) / 2 of S are masked, the mean over how many are. A causal
+    block has S rows of its own that see one another in a random order, so that no whole tile can be skipped."""
+    length, halves = config.data.seq_length, 1 + config.has_causal_block
+    causal_pairs = length * (length + 1) / 2 if config.has_causal_block else 0
+    return Work(length * halves, length**2 + causal_pairs, float(length**2), halves * (length + 1) / 2)
+
+
+def _through_layers(config: Config, rows: float, pairs: float) -> tuple[float, float]:
+    """Rows and visible pairs of a forward, added up over all layers.
+
+    With a causal block, half of the rows go through all layers but the last, the others through that one. Documents of
+    D rows have D^2 pairs in the former and D (D + 1) / 2 in the latter, which says how many of `pairs` are where.
+    """
+    layers = config.model.num_layers
+    if not config.has_causal_block:
+        return rows * layers, pairs * layers
+    noncausal = (2 * pairs - rows / 2) / 3
+    return rows / 2 * layers, (layers - 1) * noncausal + (pairs - noncausal)
+
+
+def _dense_flops(config: Config, layer_rows: float) -> float:
+    """Forward of all matrices but the head, for rows added up over the layers."""
+    once = 2 * causal_input_parameters(config) * layer_rows / config.model.num_layers
+    return 2 * layer_parameters(config) * layer_rows + once
+
+
 def attention_flops(config: Config, pairs: float) -> float:
     """Forward of one layer: scores and weighted sum, two operations per multiply-add."""
     return 4.0 * config.model.num_attention_heads * config.model.head_width * pairs
@@ -57,9 +86,8 @@ def training_flops(config: Config, vocab_size: int, rows: float, pairs: float, h
 
     Counts two operations per multiply-add, the backward as twice the forward, and no recomputation.
     """
-    m = config.model
-    dense = 2 * layer_parameters(config) * m.num_layers * rows
-    attention = attention_flops(config, pairs) * m.num_layers
+    layer_rows, layer_pairs = _through_layers(config, rows, pairs)
+    dense, attention = _dense_flops(config, layer_rows), attention_flops(config, layer_pairs)
     head = 2 * head_parameters(config, vocab_size) * head_rows
     return 3.0 * (dense + attention + head)
 
@@ -77,7 +105,7 @@ def hardware_flops(config: Config, vocab: int) -> float:
     2307.08691, section 3.1).
     """
     work, m, count = sequence_work(config), config.model, config.train.global_batch_size
-    dense = 2 * layer_parameters(config) * work.rows * m.num_layers
+    dense = _dense_flops(config, _through_layers(config, work.rows, work.pairs)[0])
     attention = attention_flops(config, work.tile_pairs) * m.num_layers
     head = 2 * head_parameters(config, vocab) * work.head_rows
     again_dense, again_attention = recomputed(config)

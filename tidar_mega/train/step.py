@@ -21,8 +21,9 @@ from tidar_mega.data.stream import Stream
 from tidar_mega.losses import DraftTerms, RowLosses, cross_entropy, draft_sums
 from tidar_mega.methods import Method, Term
 from tidar_mega.model import precision
+from tidar_mega.model.any_order import AnyOrderAttention
 from tidar_mega.model.attention import TrainingAttention, choose_backend
-from tidar_mega.parallel.context import Part, restore, split, whole
+from tidar_mega.parallel.context import Part, restore, split, split_halves, whole
 from tidar_mega.parallel.mesh import Mesh
 from tidar_mega.rows import PADDING, Rows, concatenate, visible_pairs
 
@@ -134,7 +135,7 @@ def _run_schedule(task: Task, batch: list[Rows], drafts: DraftTerms, forward_onl
     def forward_step(iterator: Iterator[tuple[Rows, Part]], chunk: DistributedDataParallel):
         rows, part = next(iterator)
         part = part.to(device.device())
-        hidden_TBD = chunk(rows=part.rows, context=TrainingAttention(part, _backend(task)))
+        hidden_TBD = chunk(rows=part.rows, context=_context(task)(part, _backend(task)))
         if not chunk.module.post_process:
             return hidden_TBD, None
         head_VD, chunk_rows = _head_weight(chunk), task.config.train.loss_chunk
@@ -154,7 +155,7 @@ def _run_schedule(task: Task, batch: list[Rows], drafts: DraftTerms, forward_onl
         data_iterator=iter(work) if is_single else [iter(work) for _ in task.chunks],
         model=task.chunks[0] if is_single else task.chunks,
         num_microbatches=len(work),
-        seq_length=work[0][1].rows.shape[1] * task.mesh.context.size(),
+        seq_length=_backbone_rows(task, work[0][1]) * task.mesh.context.size(),
         micro_batch_size=work[0][1].rows.shape[0],
         forward_only=forward_only,
     )
@@ -165,7 +166,18 @@ def _part(task: Task, rows: Rows) -> Part:
     """The rows that this rank of the context group computes."""
     if task.mesh.context.size() == 1:
         return whole(rows)
+    if task.config.has_causal_block:
+        return split_halves(rows, task.mesh.context, precision.row_multiple(task.config))
     return split(rows, task.mesh.context, task.config.train.block, precision.row_multiple(task.config))
+
+
+def _context(task: Task) -> type:
+    return AnyOrderAttention if task.config.has_causal_block else TrainingAttention
+
+
+def _backbone_rows(task: Task, part: Part) -> int:
+    """Rows of a sequence that pass from layer to layer; those of a causal block are made in it."""
+    return part.rows.shape[1] // (2 if task.config.has_causal_block else 1)
 
 
 def _whole(task: Task, losses: RowLosses, rows: Rows, part: Part) -> tuple[Rows, RowLosses]:

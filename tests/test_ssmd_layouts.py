@@ -1,0 +1,77 @@
+"""Masked diffusion and its self-speculative form, cut every way that TiDAR can be cut, against one process."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import processes
+from tests.test_layouts import ALONE, GRADIENT, LAYOUTS, LOSS, Result, Trainer, compare, load_and_go_on, save_and_go_on
+from tests.test_layouts import settings as tidar_settings
+from tests.test_main_job import make_corpus
+from tidar_mega import config as config_module
+
+pytestmark = pytest.mark.distributed
+
+
+def settings(corpus: Path, layout: tuple, method: str, **more) -> config_module.Config:
+    config = replace(tidar_settings(corpus, layout, 1.0, **more), method=method)
+    config_module.check(config)
+    return config
+
+
+def train(rank: int, configs: list[config_module.Config]) -> list[Result]:
+    """Three steps with each config."""
+    results = []
+    for config in configs:
+        trainer = Trainer(config)
+        first = trainer.step()
+        gradients = trainer.gradients
+        figures = [first, trainer.step(), trainer.step()]
+        results.append(Result(figures, gradients, trainer.mesh.tensor.rank(), trainer.mesh.has_head))
+    return results
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("layouts")
+    make_corpus(folder)
+    return folder / "corpus"
+
+
+@pytest.fixture(scope="module")
+def alone(corpus) -> dict:
+    configs = [settings(corpus, ALONE, method) for method in ("masked_diffusion", "ssmd")]
+    return dict(zip(("masked_diffusion", "ssmd"), processes.run(train, 1, configs)[0], strict=True))
+
+
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != ALONE], ids=str)
+def test_a_layout_equals_one_process(layout, corpus, alone):
+    size = layout[0] * layout[1] * layout[3] * layout[4]
+    configs = [settings(corpus, layout, method) for method in alone]
+    results = zip(*processes.run(train, size, configs), strict=True)
+    for got, (method, expected) in zip(results, alone.items(), strict=True):
+        figures, gradients = compare(got, [expected])
+        assert figures < LOSS, method
+        assert gradients < GRADIENT, method
+
+
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+def test_recomputing_and_overlap_change_nothing(recompute, corpus, alone):
+    more = {"recompute": recompute, "overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_size": 10_000}
+    (got,) = zip(*processes.run(train, 2, [settings(corpus, (1, 1, 1, 1, 2), "ssmd", **more)]), strict=True)
+    figures, gradients = compare(got, [alone["ssmd"]])
+    assert figures < LOSS
+    assert gradients < GRADIENT
+
+
+def test_a_checkpoint_goes_on_under_any_layout(corpus, tmp_path):
+    ((path, expected), *_) = processes.run(save_and_go_on, 2, settings(corpus, (2, 1, 1, 1, 1), "ssmd"), tmp_path)
+    for layout in ((1, 2, 2, 1, 1), (1, 1, 1, 2, 1), ALONE):
+        size = layout[1] * layout[3]
+        got = torch.tensor(processes.run(load_and_go_on, size, settings(corpus, layout, "ssmd"), path)[0])
+        error = float(((got - torch.tensor(expected)).abs() / torch.tensor(expected).abs().clamp(min=0.1)).max())
+        assert error < LOSS
