@@ -23,6 +23,7 @@ from tidar_mega.decode import load
 from tidar_mega.decode.diffusion import PAPER_WINDOWS, Backbone, Loaded, Window, load_denoiser, sample
 from tidar_mega.evaluation import samples as quality
 from tidar_mega.model.inference import InferenceModel
+from tidar_mega.parallel.mesh import build_mesh
 
 STANDARD, SPECULATIVE, TEXT = "masked_diffusion", "self_speculative", "held_out_text"
 _STANDARD_FORWARDS = (8, 12, 16, 24, 32, 48, 64, 96, 128)
@@ -91,7 +92,8 @@ class Judge:
             raise UserError(
                 f"--judge {path}: its tokenizer is not that of {of.checkpoint}; train both on one data.path"
             )
-        self.model = InferenceModel(load.load_model(checkpoint, load.layout(config)))
+        config = load.layout(config)
+        self.model = InferenceModel(load.load_model(checkpoint, config, build_mesh(config)))
         self.length, self._data = of.config.data.seq_length, of.config.data.path
         self.known = quality.vocabulary(self._stream("train", quality.WINDOW))
 
