@@ -335,6 +335,12 @@ def _add_bench_diffusion(parser, _) -> None:
     _add_measurement(parser, diffusion)
 
 
+def _add_bench_methods(parser, _) -> None:
+    from tidar_mega.bench import methods
+
+    _add_measurement(parser, methods)
+
+
 def _add_measurement(parser, module) -> None:
     parser.set_defaults(verb=_bench, measure=module.run)
     module.add_arguments(parser)
@@ -387,6 +393,7 @@ _BENCHES = {
         _add_bench_diffusion,
         "Self-speculative against standard masked diffusion: quality against forwards.",
     ),
+    "methods": (_add_bench_methods, "Every method, trained on the same text from the same start, and decoded."),
     "slots": (_add_bench_slots, "One decoding forward against its number of rows; decode.outcomes=auto uses it."),
 }
 

@@ -57,7 +57,7 @@ def _any_to_any_work(config: Config) -> Work:
     return Work(length * halves, length**2 + causal_pairs, float(length**2), halves * (length + 1) / 2)
 
 
-def _through_layers(config: Config, rows: float, pairs: float) -> tuple[float, float]:
+def through_layers(config: Config, rows: float, pairs: float) -> tuple[float, float]:
     """Rows and visible pairs of a forward, added up over all layers.
 
     With a causal block, half of the rows go through all layers but the last, the others through that one. Documents of
@@ -86,7 +86,7 @@ def training_flops(config: Config, vocab_size: int, rows: float, pairs: float, h
 
     Counts two operations per multiply-add, the backward as twice the forward, and no recomputation.
     """
-    layer_rows, layer_pairs = _through_layers(config, rows, pairs)
+    layer_rows, layer_pairs = through_layers(config, rows, pairs)
     dense, attention = _dense_flops(config, layer_rows), attention_flops(config, layer_pairs)
     head = 2 * head_parameters(config, vocab_size) * head_rows
     return 3.0 * (dense + attention + head)
@@ -105,7 +105,7 @@ def hardware_flops(config: Config, vocab: int) -> float:
     2307.08691, section 3.1).
     """
     work, m, count = sequence_work(config), config.model, config.train.global_batch_size
-    dense = _dense_flops(config, _through_layers(config, work.rows, work.pairs)[0])
+    dense = _dense_flops(config, through_layers(config, work.rows, work.pairs)[0])
     attention = attention_flops(config, work.tile_pairs) * m.num_layers
     head = 2 * head_parameters(config, vocab) * work.head_rows
     again_dense, again_attention = recomputed(config)
