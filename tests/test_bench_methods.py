@@ -38,7 +38,7 @@ def test_methods_are_trained_decoded_and_put_side_by_side(tmp_path):
     make_corpus(tmp_path)
     text = CONFIG.replace("seq_length: 64", "seq_length: 60").replace("parallel: {data: 2}", "parallel: {data: 1}")
     (tmp_path / "run.yaml").write_text(text)
-    few = ["--prompts", "2", "--max-tokens", "8", "--samples", "2"]
+    few = ["--prompts", "2", "--prompt-tokens", "16", "--max-tokens", "8", "--samples", "2"]
     named = ["--methods", "ar", "tidar_left_to_right", "idlm", "ssmd", "--json", "found.json", "--plot", "found.png"]
     said = tidar(tmp_path, "bench", "methods", "run.yaml", "train.steps=6", *few, *named)
     found = json.loads((tmp_path / "found.json").read_text())["methods"]

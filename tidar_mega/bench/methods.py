@@ -50,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="of weights and of the order of the text")
     parser.add_argument("--prompts", type=int, default=24, help="held-out prompts")
-    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--max-tokens", type=int, default=64, help="longest continuation")
     parser.add_argument("--samples", type=int, default=64, help="of masked diffusion, for each setting")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw tokens per forward against the loss")
 
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> dict:
         else:
             figures = _sampled(config, configs.get((_JUDGE, seed)), configs.get((_STANDARD, seed)), args)
         rows.append({"method": name, "seed": seed, **_trained(config), **figures})
-    names = ("prompts", "max_tokens", "samples", "seeds")
+    names = ("prompts", "prompt_tokens", "max_tokens", "samples", "seeds")
     figures = {"methods": means(rows), "runs": rows, "setting": {name: getattr(args, name) for name in names}}
     _show(figures["methods"])
     if args.plot:
@@ -130,9 +131,16 @@ def _trained(config: Config) -> dict:
 def _decoded(config: Config, args: argparse.Namespace) -> dict:
     """Tokens per forward with drafts behind every outcome, and the speed that the engine's own choice reaches."""
     path = Path(config.run_dir) / "decode.json"
-    few = ("--prompts", str(args.prompts), "--max-tokens", str(args.max_tokens), "--batches", "1", "--no-peers")
+    text = (
+        "--prompts",
+        str(args.prompts),
+        "--prompt-tokens",
+        str(args.prompt_tokens),
+        "--max-tokens",
+        str(args.max_tokens),
+    )
     drafts = ("--blocks", str(draft_length(config)), "--outcomes", "all", "auto", "--temperatures", "0", "1")
-    _tidar("bench", "decode", config.run_dir, *few, *drafts, "--json", str(path))
+    _tidar("bench", "decode", config.run_dir, *text, *drafts, "--batches", "1", "--no-peers", "--json", str(path))
     found = json.loads(path.read_text())
     auto = {r["temperature"]: r["speedup_vs_ar"] for r in found["settings"] if r.get("outcomes") == "auto"}
     names = ("tokens_per_forward", "tokens_per_forward_sampled", "distinct_4gram_sampled", "identical_to_ar")
