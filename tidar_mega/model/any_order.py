@@ -33,7 +33,9 @@ class AnyOrderAttention:
 
     def __init__(self, part: Part, backend: str) -> None:
         first, self.part = halves(part)
-        self.noncausal, self.causal = TrainingAttention(first, backend), TrainingAttention(self.part, backend)
+        self.noncausal = TrainingAttention(first, backend)
+        # in a random order there are no tiles to leave out, and every sequence would need a plan of its own
+        self.causal = TrainingAttention(self.part, "dense" if backend == "tiles" else backend)
 
     def attend(self, layer_number: int, q_TBHE: Tensor, k_TBGE: Tensor, v_TBGE: Tensor, scale: float) -> Tensor:
         return self.noncausal.attend(layer_number, q_TBHE, k_TBGE, v_TBGE, scale)
