@@ -16,6 +16,7 @@ from functools import cached_property
 import torch
 from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
@@ -81,12 +82,12 @@ class CausalLayer(TransformerLayer):
         return out_LBD + hidden_LBD
 
 
-class CausalInput(nn.Module):
+class CausalInput(MegatronModule):
     """Hidden state of the place, hidden state and token of the place before: normalised, joined, projected to D."""
 
     def __init__(self, config: TransformerConfig, vocab_size: int, group) -> None:
-        super().__init__()
-        self.config, self.group, width = config, group, config.hidden_size
+        super().__init__(config)
+        self.group, width = group, config.hidden_size
         self.tokens = VocabParallelEmbedding(
             vocab_size,
             width,
