@@ -16,6 +16,7 @@ from functools import cached_property
 import torch
 from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
@@ -33,7 +34,9 @@ class AnyOrderAttention:
 
     def __init__(self, part: Part, backend: str) -> None:
         first, self.part = halves(part)
-        self.noncausal, self.causal = TrainingAttention(first, backend), TrainingAttention(self.part, backend)
+        self.noncausal = TrainingAttention(first, backend)
+        # in a random order there are no tiles to leave out, and every sequence would need a plan of its own
+        self.causal = TrainingAttention(self.part, "dense" if backend == "tiles" else backend)
 
     def attend(self, layer_number: int, q_TBHE: Tensor, k_TBGE: Tensor, v_TBGE: Tensor, scale: float) -> Tensor:
         return self.noncausal.attend(layer_number, q_TBHE, k_TBGE, v_TBGE, scale)
@@ -79,12 +82,12 @@ class CausalLayer(TransformerLayer):
         return out_LBD + hidden_LBD
 
 
-class CausalInput(nn.Module):
+class CausalInput(MegatronModule):
     """Hidden state of the place, hidden state and token of the place before: normalised, joined, projected to D."""
 
     def __init__(self, config: TransformerConfig, vocab_size: int, group) -> None:
-        super().__init__()
-        self.config, self.group, width = config, group, config.hidden_size
+        super().__init__(config)
+        self.group, width = group, config.hidden_size
         self.tokens = VocabParallelEmbedding(
             vocab_size,
             width,
