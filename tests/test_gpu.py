@@ -126,6 +126,19 @@ def test_fused_decoding_on_the_gpu_equals_ar(work):
     assert len(set(texts)) == 1
 
 
+def test_adapters_on_the_gpu_leave_the_output_of_their_base(work):
+    """Recorded or not: the gate of each row is a choice inside the graph."""
+    more = ("train.init_from=whole", "lora.rank=8", "optimizer.lr=1.0e-2")
+    tidar(work, "pretrain", "run.yaml", "run_dir=adapted", *more)
+    texts = set()
+    for run, mode, graphs in (("whole", "ar", "true"), ("adapted", "fused", "true"), ("adapted", "fused", "false")):
+        same = ("decode.outcomes=all", "decode.max_tokens=64", "decode.temperature=1", "--json", "text.json")
+        kind = (f"decode.mode={mode}", f"decode.cuda_graphs={graphs}")
+        tidar(work, "generate", run, "--prompt", "def main(", *kind, *same)
+        texts.add(json.loads((work / "text.json").read_text())["text"])
+    assert len(texts) == 1
+
+
 def test_recorded_forwards_on_the_gpu_give_the_same(work, say):
     figures = {}
     for name, graphs in (("recorded", "true"), ("launched one by one", "false")):

@@ -152,7 +152,8 @@ class PagedAttention:
             rows += part.rows[: part.clean]
             for run in part.slots.of(part.length, part.length + part.clean):
                 slots += run
-        self.clean_C = None if len(rows) == sum(len(p.rows) for p in parts) else _index(rows, cache.device)
+        self.all_clean = len(rows) == sum(len(p.rows) for p in parts)
+        self.clean_C = None if self.all_clean else _index(rows, cache.device)
         self.slot_C = _index(slots, cache.device)
         # a single row sees itself as the newest of the committed ones
         self.read = [(p, p.slots.of(0, p.length + (p.bias_tt is None))) for p in parts]

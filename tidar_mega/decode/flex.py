@@ -30,6 +30,7 @@ class FlexPagedAttention:
 
     def __init__(self, cache: PagedCache, batches: Sequence[Batch]) -> None:
         self.cache, self.batches = cache, batches
+        self.all_clean = all(batch.all_clean for batch in batches)
 
     @classmethod
     def of(cls, cache: PagedCache, parts: Sequence[Part]) -> FlexPagedAttention:
@@ -84,7 +85,7 @@ class Batch:
         self.rows, self.bias_tt = slice(first, first + len(length_N) * rows), bias_tt
         place_NC = length_N[:, None] + torch.arange(clean, device=cache.device)
         slot_NC = page_NW.gather(1, place_NC // cache.page) * cache.page + place_NC % cache.page
-        self.clean, self.slot_C = clean, slot_NC.flatten()
+        self.clean, self.slot_C, self.all_clean = clean, slot_NC.flatten(), clean == rows
         self.mask = _page_mask(cache, length_N, page_NW, rows)
         self.is_empty_N111 = (length_N == 0)[:, None, None, None]
 

@@ -37,7 +37,9 @@ FLEX_OPTIONS = {"FORCE_USE_FLEX_ATTENTION": True}
 
 
 class AttentionContext(Protocol):
-    """What every layer's core attention asks for its result."""
+    """What every layer's core attention asks for its result. `all_clean`: there are no mask rows for adapters."""
+
+    all_clean: bool
 
     def attend(self, layer_number: int, q_TBHE: Tensor, k_TBGE: Tensor, v_TBGE: Tensor, scale: float) -> Tensor:
         """Attention of the forward pass's rows in layer `layer_number` (from 1, as megatron counts over all stages).
@@ -87,6 +89,10 @@ class TrainingAttention:
             )
         self.part = whole(rows) if isinstance(rows, Rows) else rows
         self.queries, self.keys, self.backend = self.part.rows, self.part.keys, backend
+
+    @property
+    def all_clean(self) -> bool:
+        return self.clean == self.queries.shape[1]
 
     @cached_property
     def clean(self) -> int:

@@ -55,7 +55,8 @@ class InferenceModel:
     def __call__(self, rows: Rows, context: AttentionContext) -> Tensor | None:
         """Hidden states after the final norm, [T, B, D]; None on pipeline stages before the last."""
         hidden_TBD = self._embed(rows.token) if self.is_first else self._receive(rows.token.shape)
-        rotation, masks = self._rotation(rows.position), Masks.of(rows) if self.has_adapters else None
+        rotation = self._rotation(rows.position)
+        masks = Masks.of(rows) if self.has_adapters and not context.all_clean else None
         for layer in self.layers:
             hidden_TBD = layer(hidden_TBD, rotation, context, masks)
         if self.is_last:
@@ -203,7 +204,7 @@ class _Adapted:
 
     def __call__(self, x: Tensor, masks: Masks | None) -> Tensor:
         output = self.linear(x)
-        return output if self.adapter is None else masks.add(output, x, *self.adapter)
+        return output if self.adapter is None or masks is None else masks.add(output, x, *self.adapter)
 
 
 _FASTER: dict[tuple, bool] = {}  # by shape, type and threads
