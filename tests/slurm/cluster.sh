@@ -4,6 +4,7 @@
 #     tests/slurm/cluster.sh run COMMAND...     start, run the command with SLURM_CONF set, stop however it ends
 #     tests/slurm/cluster.sh start              prints the line to `eval` for its clients
 #     tests/slurm/cluster.sh stop
+#     tests/slurm/cluster.sh node 2             starts the second node again after its daemon was killed
 #
 # Installs slurmctld, slurmd, slurm-client and munge by apt where they are not there (that needs root). The state is in
 # $TIDAR_SLURM_FOLDER; nothing outside it is written, and only processes that were started here are ended.
@@ -107,6 +108,11 @@ soon() {
     return 1
 }
 
+start_node() {
+    mkdir -p "$folder/spool/127.0.0.1$1"
+    background "slurmd.$1" slurmd -D -N "127.0.0.1$1"
+}
+
 all_idle() {
     [[ $(sinfo -h -N -o '%N %t' | grep -c ' idle$') == "$nodes" ]]
 }
@@ -120,8 +126,7 @@ start() {
     background slurmctld slurmctld -D -c
     local n
     for ((n = 1; n <= nodes; n++)); do
-        mkdir -p "$folder/spool/127.0.0.1$n"
-        background "slurmd.$n" slurmd -D -N "127.0.0.1$n"
+        start_node "$n"
     done
     soon all_idle || { stop && return 1; }
 }
@@ -156,18 +161,19 @@ case ${1:-} in
 start)
     install
     start
-    echo "export SLURM_CONF=$SLURM_CONF TIDAR_SLURM=1 PATH=$here/bin:\$PATH"
+    echo "export SLURM_CONF=$SLURM_CONF TIDAR_SLURM=1 TIDAR_SLURM_FOLDER=$folder PATH=$here/bin:\$PATH"
     ;;
 stop) stop ;;
+node) start_node "$2" ;;
 run)
     shift
     install
     trap stop EXIT
     start
-    TIDAR_SLURM=1 PATH="$here/bin:$PATH" "$@"
+    TIDAR_SLURM=1 TIDAR_SLURM_FOLDER=$folder PATH="$here/bin:$PATH" "$@"
     ;;
 *)
-    sed -n '2,9s/^# \?//p' "$0" >&2
+    sed -n '2,10s/^# \?//p' "$0" >&2
     exit 2
     ;;
 esac

@@ -128,6 +128,17 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class HealthConfig:
+    """What is watched while a run trains."""
+
+    # a rank without progress for so long ends the run, with the stacks of all ranks, to be started again; 0 = never
+    hang_minutes: float = 8.0
+    straggler_factor: float = 2.0  # a rank that works so many times as long as the median is named; 0 = never
+    spike_sigmas: float = 6.0  # a loss so many standard deviations above the recent mean is a spike; 0 = none is
+    skip_spikes: bool = False  # the update of such a step is not made
+
+
+@dataclass(frozen=True)
 class LaunchConfig:
     """What surrounds the training on a cluster."""
 
@@ -176,5 +187,6 @@ class Config:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)

@@ -183,7 +183,7 @@ def sbatch_command(path: Path, words: Sequence[str], r: Resources, code: Path | 
     """The command that submits slurm/pretrain.sh, of the copy `code` if given, with `words` behind it."""
     options = [f"--nodes={r.nodes}", f"--gpus-per-node={r.gpus}", f"--time={r.time}"]
     options += [f"--signal=USR2@{r.signal_seconds}"]
-    options += [] if r.gpus else [f"--ntasks-per-node={r.tasks_per_node}"]
+    options += [f"--ntasks-per-node={r.tasks_per_node}"]
     options += [f"--cpus-per-task={r.cpus}"] if r.cpus else []
     options += [f"--partition={r.partition}"] if r.partition else []
     options += [f"--export=ALL,TIDAR_CODE={code}"] if code else []
