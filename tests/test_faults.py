@@ -1,5 +1,5 @@
-"""What clusters do to a run, done to real jobs on a real Slurm (`make test-slurm`), and what becomes of them: the table of
-docs/faults.md is made here."""
+"""What clusters do to a run, done to real jobs on a real Slurm (`make test-slurm`), and what becomes of them: the table
+of docs/faults.md is made here."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ pytestmark = [
 
 DOCS = ROOT / "docs" / "faults.md"
 INTERVAL = 5  # steps between checkpoints
-# Python runs this at the start of every process that has it on its path. On a signal, the gradient of one weight of that
-# rank becomes NaN, by a hook of torch: in one backward, or in all that come.
+# Python runs this at the start of every process that has it on its path. On a signal, the gradient of one weight of
+# that rank becomes NaN, by a hook of torch: in one backward, or in all that come.
 NAN = """
 import gc, signal
 
@@ -132,10 +132,10 @@ def test_a_slurmd_killed(work, unharmed):
 
 
 def test_a_rank_that_hangs(work, unharmed):
-    harmed = Harmed(work, "hangs", "health.hang_minutes=0.5")
+    harmed = Harmed(work, "hangs", "health.hang_minutes=1")
     harmed.rank(1).send_signal(signal.SIGSTOP)
     said = harmed.end(8)
-    assert "no progress for 0.5 minutes (health.hang_minutes)" in said
+    assert "no progress for 1 minutes (health.hang_minutes)" in said
     assert "rank 1 did not take part: stopped, dead or unreachable; rank 1 was last heard of at step" in said
     assert "[rank 0] the stacks of all threads" in said
     assert f"job {harmed.job} is requeued, restart 1" in said and harmed.resumed_at(said) >= 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -189,6 +190,21 @@ def test_a_node_that_fails_the_preflight_is_named_and_excluded_from_the_requeue(
     assert not (work / "badnode" / "metrics.jsonl").exists(), "no step was made"
 
 
+def test_every_step_runs_in_the_container_and_with_the_variables_of_the_cluster(work):
+    """Slurm hands on what pyxis would be asked (tests/slurm/container.c); the container's Python notes it."""
+    asked = " ".join(f"$TEST_CONTAINER_{name}" for name in ("IMAGE", "MOUNTS", "WORKDIR"))
+    note = f'echo "$SLURM_STEP_ID $SLURM_PROCID {asked} $NCCL_DEBUG"'
+    (work / "python").write_text(f'#!/bin/bash\n{note} >>steps.txt\nexec {sys.executable} "$@"\n')
+    (work / "python").chmod(0o755)
+    env = (work / "slurm" / "env.sh").read_text() + "export TIDAR_PYTHON=$PWD/python NCCL_DEBUG=WARN\n"
+    (work / "slurm" / "container.sh").write_text(env)
+    asked = "--export=ALL,TIDAR_ENV=slurm/container.sh,CONTAINER_IMAGE=image.sqsh,CONTAINER_MOUNTS=/data:/data"
+    end(work, sbatch(work, "run_dir=contained", "train.steps=3", options=(*TWO_TASKS, asked)))
+    steps = sorted((work / "steps.txt").read_text().splitlines())
+    where = f"image.sqsh /data:/data {work} WARN"
+    assert steps == [f"0 0 {where}", f"1 0 {where}", f"1 1 {where}", f"2 0 {where}"], "logs, two ranks, after"
+
+
 def test_restarts_are_bounded(work):
     job = sbatch(work, "run_dir=bounded", "launch.max_restarts=0", options=TWO_TASKS)
     reached(work, "bounded", 3)
@@ -199,11 +215,14 @@ def test_restarts_are_bounded(work):
 
 
 def test_a_cancelled_job_saves_and_stays_cancelled(work):
-    job = sbatch(work, "run_dir=cancelled", options=TWO_TASKS)
+    asked = ("--nodes", "2", "--gpus", "0", "--time", "20", "run_dir=cancelled")
+    job = re.search(r"job (\d+) is in the queue", tidar(work, "launch", "run.yaml", *asked))[1]
     reached(work, "cancelled", 3)
-    subprocess.run(["scancel", job], check=True)
+    assert f"job {job}: RUNNING on 127.0.0.[11-12]" in tidar(work, "launch", "--status", "cancelled")
+    assert f"job {job} is cancelled" in tidar(work, "launch", "--cancel", "cancelled")
     said = end(work, job, "CANCELLED")
     assert "is requeued" not in said and restarted(job) == 0
+    assert "CANCELLED" in tidar(work, "launch", "--status", "cancelled")
 
 
 BAD = {
@@ -274,7 +293,9 @@ def test_launch_follows_a_job_that_runs_a_copy_of_the_code(work, monkeypatch):
 
 
 IMPOSSIBLE = {
-    "a partition": (("--gpus", "2", "--partition", "fast"), "--partition fast: this cluster has main"),
+    "a partition": (("--gpus", "2", "--partition", "fast"), "--partition fast: this cluster has far, main, short"),
+    "time": (("--gpus", "2", "--time", "2-00:00:00", "--partition", "short"), "exceeds partition time limit"),
+    "a shared folder": (("--gpus", "2", "--partition", "far"), "and the nodes are others (192.0.2.1)"),
     "nodes": (("--nodes", "4", "--gpus", "1"), "--nodes 4: partition main has 2"),
     "GPUs": (("--gpus", "4"), "--gpus 4: of the 2 nodes of partition main, 0 have so many; the most is 2"),
     "a layout": (("--gpus", "3", "parallel.tensor=2"), "must divide the 3 processes (1 nodes x 3)"),

@@ -6,8 +6,8 @@
 #     tests/slurm/cluster.sh stop
 #     tests/slurm/cluster.sh node 2             starts the second node again after its daemon was killed
 #
-# Installs slurmctld, slurmd, slurm-client and munge by apt where they are not there (that needs root). The state is in
-# $TIDAR_SLURM_FOLDER; nothing outside it is written, and only processes that were started here are ended.
+# Installs slurmctld, slurmd, slurm-client and munge, and gcc and headers for container.c, by apt where they are not
+# there (that needs root). The state is in $TIDAR_SLURM_FOLDER; nothing outside it is written, and only processes that were started here are ended.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 folder=${TIDAR_SLURM_FOLDER:-${TMPDIR:-/tmp}/tidar-slurm-$(id -u)}
@@ -16,10 +16,12 @@ export SLURM_CONF=$folder/slurm.conf
 
 install() {
     local missing=() command package
-    for pair in slurmctld:slurmctld slurmd:slurmd sbatch:slurm-client munged:munge; do
+    for pair in slurmctld:slurmctld slurmd:slurmd sbatch:slurm-client munged:munge cc:gcc; do
         IFS=: read -r command package <<<"$pair"
         command -v "$command" >/dev/null || missing+=("$package")
     done
+    [[ -e /usr/include/slurm/spank.h ]] || missing+=(libslurm-dev)
+    [[ -e /usr/include/stdlib.h ]] || missing+=(libc6-dev)
     ((${#missing[@]})) || return 0
     echo "installing ${missing[*]}" >&2
     local policy=/usr/sbin/policy-rc.d made=
@@ -40,6 +42,7 @@ configure() {
     for ((n = 0; n < gpus; n++)); do
         ln -s /dev/null "$folder/dev/nvidia$n" # any character device counts as a GPU
     done
+    # A third node, which is not there, stands for machines that are not this one.
     # The nodes are named by loopback addresses, so that every name resolves. cred_expire is also the delay before a
     # requeued job starts again; FirstJobId differs at each start, as folders are named after jobs.
     cat >"$SLURM_CONF" <<CONF
@@ -76,15 +79,21 @@ SlurmctldTimeout=10
 MinJobAge=600
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2,sched_min_interval=100000
 PropagateResourceLimits=NONE
+PlugStackConfig=$folder/plugstack.conf
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 $(for ((n = 1; n <= nodes; n++)); do
         echo "NodeName=127.0.0.1$n NodeHostname=127.0.0.1$n NodeAddr=127.0.0.1 Port=$((port + 10 + n)) CPUs=$cpus Boards=1" \
             "SocketsPerBoard=1 CoresPerSocket=$cpus ThreadsPerCore=1 RealMemory=16000 Gres=gpu:$gpus"
     done)
-PartitionName=main Nodes=ALL Default=YES DefaultTime=30 MaxTime=INFINITE DefMemPerCPU=1
+NodeName=far NodeAddr=192.0.2.1 Port=$((port + 10)) CPUs=$cpus RealMemory=16000 Gres=gpu:$gpus State=DOWN
+PartitionName=far Nodes=far
+PartitionName=short Nodes=127.0.0.[11-1$nodes] MaxTime=30
+PartitionName=main Nodes=127.0.0.[11-1$nodes] Default=YES DefaultTime=30 MaxTime=INFINITE DefMemPerCPU=1
 CONF
-    echo "NodeName=127.0.0.[11-1$nodes] Name=gpu File=$folder/dev/nvidia[0-$((gpus - 1))]" >"$folder/gres.conf"
+    echo "NodeName=far,127.0.0.[11-1$nodes] Name=gpu File=$folder/dev/nvidia[0-$((gpus - 1))]" >"$folder/gres.conf"
+    cc -shared -fPIC -o "$folder/container.so" "$here/container.c"
+    echo "required $folder/container.so" >"$folder/plugstack.conf"
     printf 'CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n' >"$folder/cgroup.conf" # is read, and not used
 }
 
@@ -114,7 +123,7 @@ start_node() {
 }
 
 all_idle() {
-    [[ $(sinfo -h -N -o '%N %t' | grep -c ' idle$') == "$nodes" ]]
+    [[ $(sinfo -h -N -p main -o '%N %t' | grep -c ' idle$') == "$nodes" ]]
 }
 
 start() {

@@ -72,7 +72,7 @@ def _task(config: str | Path, overrides: list[str], r: Resources, executor: str)
     settings = config_module.load(config, overrides)
     check(settings, r)
     if executor == "slurm":
-        check_cluster(r)
+        check_cluster(settings, r)
     elif settings.parallel.data is None:  # the processes are started by `tidar pretrain` itself
         overrides = [*overrides, f"parallel.data={r.world_size // settings.parallel.model_size}"]
     return Pretrain(str(config), tuple(overrides), str(snapshot(settings))), settings

@@ -102,5 +102,6 @@ def serve(args: argparse.Namespace) -> NoReturn:
             f"{args.run}: there are no TensorBoard events in or below it; name the run_dir of a run with "
             "log.tensorboard=true"
         )
-    options = ["--logdir", str(args.run), "--host", args.host, "--port", str(args.port)]
+    folder = args.run / "tensorboard" if (args.run / "tensorboard").is_dir() else args.run
+    options = ["--logdir", str(folder), "--host", args.host, "--port", str(args.port)]
     os.execv(sys.executable, [sys.executable, "-m", "tensorboard.main", *options])

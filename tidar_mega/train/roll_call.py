@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 PERIOD_SECONDS = 1.0  # between two words of a rank
 SURVEY_SECONDS = 3.0  # a rank that says nothing for so long is missing
 GRACE_SECONDS = 4.0  # for an answer of the store, and for a rank to end by itself once another has failed
+_OWN_THREADS = ("roll call", "watchdog")
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Survey:
 
 
 class RollCall:
-    """This rank's end of the shared store. Only its thread talks to the store, which may never answer.
+    """This rank's end of the shared store. One thread talks to the store, which may never answer; another one does not.
 
     A rank that is at one place for `hang_seconds` (see `progress`) ends the run.
     """
@@ -101,10 +102,12 @@ class RollCall:
         self._note: Note | None = None  # the first that any rank has left, and when this one saw it
         self._noted_at = 0.0
         self._told_stacks = False
-        self._answers = True  # the store does
         self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="roll call", daemon=True)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=_OWN_THREADS[0], daemon=True)
+        self._watchdog = threading.Thread(target=self._watch, name=_OWN_THREADS[1], daemon=True)
         self._thread.start()
+        self._watchdog.start()
 
     @property
     def place(self) -> Place:
@@ -129,41 +132,42 @@ class RollCall:
 
     def stop(self) -> None:
         self._requests.put(None)
+        self._stopped.set()
         self._thread.join(GRACE_SECONDS)
+        self._watchdog.join(GRACE_SECONDS)
         faulthandler.cancel_dump_traceback_later()
 
     def _request(self, seconds: float, action: Callable):
         request = _Request(action)
         self._requests.put(request)
         deadline = time.monotonic() + seconds
-        while self._answers and time.monotonic() < deadline and not request.done.wait(0.1):
+        while self._thread.is_alive() and time.monotonic() < deadline and not request.done.wait(0.1):
             pass
         return request.result
 
     def _run(self) -> None:
-        try:
-            stopped = self._talk(self._connect())
-        except Exception:  # a store that is gone is noticed by whoever needs it
-            self._answers, stopped = False, False
-        while not stopped:
-            self._end_if_stuck(None)
-            self._end_after_note()
-            with contextlib.suppress(queue.Empty):
-                stopped = self._requests.get(timeout=PERIOD_SECONDS) is None
+        with contextlib.suppress(Exception):  # a store that is gone is noticed by whoever needs it
+            store = self._connect()
+            while True:
+                self._speak(store)
+                if self._is_stuck():
+                    self._blame(store)
+                with contextlib.suppress(queue.Empty):
+                    request = self._requests.get(timeout=PERIOD_SECONDS)
+                    if request is None:
+                        return
+                    request.result = request.action(store)
+                    request.done.set()
 
-    def _talk(self, store: Store) -> bool:
-        """Until it is stopped, which it says by True."""
-        while True:
-            self._watch_this_thread()
-            self._speak(store)
+    def _watch(self) -> None:
+        """The watchdog's own thread."""
+        while not self._stopped.wait(PERIOD_SECONDS):
+            if self._hang_seconds < float("inf"):
+                # a rank that hangs in C code with Python's lock stops this thread, too: then C writes its stacks
+                faulthandler.dump_traceback_later(self._hang_seconds, file=sys.__stderr__)
+            if self._is_stuck(SURVEY_SECONDS + GRACE_SECONDS):  # for the other thread, which has the store to ask
+                self._blame(None)
             self._end_after_note()
-            self._end_if_stuck(store)
-            with contextlib.suppress(queue.Empty):
-                request = self._requests.get(timeout=PERIOD_SECONDS)
-                if request is None:
-                    return True
-                request.result = request.action(store)
-                request.done.set()
 
     def _speak(self, store: Store) -> None:
         self._beat += 1
@@ -186,16 +190,17 @@ class RollCall:
                 say(note.consequence(self.rank))
             os._exit(note.code)
 
-    def _end_if_stuck(self, store: Store | None) -> None:
-        """The watchdog; without a `store`, rank 0 that held it is to blame."""
+    def _is_stuck(self, more_seconds: float = 0.0) -> bool:
+        waited = time.monotonic() - self._since
+        return waited > self._hang_seconds + more_seconds and self._note is None and not self.ending
+
+    def _blame(self, store: Store | None) -> None:
+        """Leaves a note of who keeps this rank waiting; where the store does not answer, rank 0 that holds it."""
         since = self._since
-        if self._note or self.ending or time.monotonic() - since < self._hang_seconds:
-            return
-        blame = (
-            self._survey(store).blame() if store else "rank 0 did not take part, and the store that it holds is gone"
-        )
-        if since != self._since:
-            return  # it went on meanwhile
+        gone = "rank 0 did not take part, and the store that it holds does not answer"
+        blame = self._survey(store).blame() if store else gone
+        if since != self._since or self._note is not None:
+            return  # it went on meanwhile, or all has been said
         text = (
             f"no progress for {self._hang_seconds / 60:g} minutes (health.hang_minutes) at {self._place}: "
             f"{blame or 'all ranks answer, so look at the network and the disk'}; the stacks of all ranks are in their "
@@ -205,12 +210,6 @@ class RollCall:
         self._note, self._noted_at = (_leave(store, note) if store else note), time.monotonic()
         if self._note.rank == self.rank:
             say(f"[rank {self.rank}] error: {text}")
-
-    def _watch_this_thread(self) -> None:
-        """A rank that hangs in C code which keeps Python's lock stops this thread too; it then writes its stacks from a
-        thread of C, which needs no lock."""
-        if self._hang_seconds < float("inf"):
-            faulthandler.dump_traceback_later(self._hang_seconds, file=sys.__stderr__)
 
     def _survey_unless_noted(self, store: Store) -> Note | Survey:
         return _first_note(store) or self._survey(store)
@@ -241,7 +240,7 @@ class _Request:
 def stacks(rank: int) -> str:
     """Where every Python thread of this process is, the main one last, as it is what matters most."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
-    frames = {k: f for k, f in sys._current_frames().items() if k != threading.get_ident()}
+    frames = {k: f for k, f in sys._current_frames().items() if names.get(k) not in _OWN_THREADS}
     order = sorted(frames, key=lambda k: k == threading.main_thread().ident)
     parts = [f"[rank {rank}] thread {names.get(k, k)}:\n{''.join(traceback.format_stack(frames[k]))}" for k in order]
     return f"[rank {rank}] the stacks of all threads, newest call last:\n" + "".join(parts)
