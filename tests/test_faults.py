@@ -148,7 +148,7 @@ def test_a_full_disk(work, unharmed):
     """A small file system of its own that holds two checkpoints and not three; then a larger one."""
     folder = work / "full"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", str(folder)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("needs the right to mount a small file system")
     try:
