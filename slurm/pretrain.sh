@@ -30,7 +30,7 @@
 
 set -uo pipefail
 
-# Modules, virtual environment, NCCL's variables: everything of a cluster that is not of the run.
+# Modules, virtual environment, NCCL: everything of a cluster that is not of the run; see env.example.sh.
 environment=${TIDAR_ENV:-slurm/env.sh}
 if [[ -f $environment ]]; then
     source "$environment"

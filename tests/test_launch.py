@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_main_job import CONFIG, make_corpus
 from tidar_mega.config import ConfigError, load
 from tidar_mega.launch import jobs, resources, restarts, slurm
 from tidar_mega.launch.resources import Resources
@@ -94,6 +95,19 @@ def test_the_code_is_copied_as_it_is_now(tmp_path):
     shown = [sys.executable, "-P", "-c", "import tidar_mega.config as c; print(c.__file__)"]
     done = subprocess.run(shown, env={**os.environ, "PYTHONPATH": str(code)}, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == str(code / "tidar_mega" / "config" / "__init__.py"), "and it is the copy that runs"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("executor", ["local", "debug"])
+def test_submit_without_slurm_trains_here(tmp_path, monkeypatch, executor):
+    make_corpus(tmp_path)
+    (tmp_path / "run.yaml").write_text(CONFIG)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    settings = ["parallel.data=null", "train.steps=3", "run_dir=run"]
+    result = jobs.submit("run.yaml", settings, executor=executor, time="20").result()
+    assert result == {"finished": True, "step": 3, "run_dir": "run"}
+    assert "done: 3 steps" in (tmp_path / "run" / "logs" / "local" / "rank_0.log").read_text()
 
 
 def launch(*words: str, **environment: str) -> subprocess.CompletedProcess:

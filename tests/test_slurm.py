@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -115,6 +116,17 @@ def test_a_job_trains_to_the_end_with_the_losses_of_a_local_run(work, uninterrup
 
     again = end(work, sbatch(work, "run_dir=plain"))  # the next of a chain
     assert again.count("already done: 30 steps") == 1 and "resumed" not in again
+    assert sorted(evaluated_beside(work, "plain")) == [25, 30], "what checkpoint.keep_last has left"
+
+
+def evaluated_beside(work: Path, run: str) -> list[int]:
+    """Submits slurm/evaluate.sh for all checkpoints of a run, until it is finished; the steps that it has evaluated."""
+    words = ["evaluate", run, "--watch", "--prompts=2", "--prompt-tokens=8", "--max-tokens=8", "--sequences=2"]
+    options = ["--parsable", "--gpus-per-node=0", "--output=tidar-%j.out"]
+    command = ["sbatch", *options, str(ROOT / "slurm" / "evaluate.sh"), *words]
+    job = subprocess.run(command, cwd=work, capture_output=True, text=True, check=True).stdout.strip()
+    assert f"{run} is finished, and its last checkpoint is evaluated" in end(work, job)
+    return [json.loads(line)["step"] for line in (work / run / "evaluations.jsonl").read_text().splitlines()]
 
 
 def test_one_process_per_gpu_of_every_node(work):
