@@ -136,3 +136,10 @@ def test_a_run_that_was_not_launched_has_no_status(tmp_path):
 @pytest.mark.parametrize("name", ["pretrain.sh", "evaluate.sh"])
 def test_the_scripts_are_valid_shell(name):
     subprocess.run(["bash", "-n", str(ROOT / "slurm" / name)], check=True)
+
+
+def test_the_file_system_of_a_folder_is_that_of_the_mount_above_it(tmp_path):
+    mounts = f"/dev/vda1 / ext4 rw 0 0\nserver:/home {tmp_path} nfs4 rw 0 0\ntmpfs {tmp_path}/a/b tmpfs rw 0 0\n"
+    found = {name: resources.mount_of(tmp_path / name, mounts)[1] for name in (".", "a", "a/b", "a/b/runs/8b", "a/bc")}
+    assert found == {".": "nfs4", "a": "nfs4", "a/b": "tmpfs", "a/b/runs/8b": "tmpfs", "a/bc": "nfs4"}
+    assert resources.mount_of(Path("/runs"), mounts) == ("/", "ext4")

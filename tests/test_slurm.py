@@ -306,7 +306,7 @@ def test_launch_follows_a_job_that_runs_a_copy_of_the_code(work, monkeypatch):
 
 IMPOSSIBLE = {
     "a partition": (("--gpus", "2", "--partition", "fast"), "--partition fast: this cluster has far, main, short"),
-    "time": (("--gpus", "2", "--time", "2-00:00:00", "--partition", "short"), "exceeds partition time limit"),
+    "time": (("--gpus", "2", "--time", "2-00:00:00", "--partition", "short"), "partition short allows 30:00"),
     "a shared folder": (("--gpus", "2", "--partition", "far"), "and the nodes are others (192.0.2.1)"),
     "nodes": (("--nodes", "4", "--gpus", "1"), "--nodes 4: partition main has 2"),
     "GPUs": (("--gpus", "4"), "--gpus 4: of the 2 nodes of partition main, 0 have so many; the most is 2"),
