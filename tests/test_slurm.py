@@ -154,7 +154,7 @@ def test_a_signal_in_mid_run_saves_requeues_and_goes_on_bit_for_bit(work, uninte
 def test_the_time_limit_in_mid_run_saves_requeues_and_goes_on_bit_for_bit(work):
     """More steps than the limit allows for, until it has come: with this schedule the losses do not depend on them."""
     (work / "long.yaml").write_text(CONFIG.replace("steps: 30", "steps: 100000"))
-    options = (*TWO_TASKS, "--time=2", "--signal=USR2@60")
+    options = (*TWO_TASKS, "--time=3", "--signal=USR2@60")
     job = sbatch(work, "run_dir=limited", options=options, config="long.yaml")
     reached(work, "limited", 1)
     soon(lambda: restarted(job) == 1)
