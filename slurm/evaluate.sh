@@ -4,6 +4,8 @@
 #     sbatch slurm/evaluate.sh bench decode runs/8b --json runs/8b/decode.json
 #     sbatch --gpus-per-node=4 slurm/evaluate.sh generate runs/8b --prompt-file prompt.txt decode.tensor=4
 #     sbatch --gpus-per-node=0 slurm/evaluate.sh bench decode runs/quickstart                  # CPU only
+#     sbatch --time=2-0 slurm/evaluate.sh evaluate runs/8b --watch      # each new checkpoint, until the run is finished
+#     sbatch --dependency=afterok:JOB slurm/evaluate.sh evaluate runs/8b                       # once JOB has ended well
 #
 # One node: `tidar` starts the processes of decode.tensor x pipeline x data on it by itself.
 #

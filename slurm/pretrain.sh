@@ -3,13 +3,21 @@
 #
 #     sbatch slurm/pretrain.sh configs/tidar_8b.yaml run_dir=/shared/runs/8b
 #     sbatch --nodes=8 --time=12:00:00 slurm/pretrain.sh configs/tidar_8b.yaml train.steps=100000
-#     sbatch --nodes=2 --ntasks-per-node=4 --gpus-per-node=0 slurm/pretrain.sh CONFIG     # CPU only: one process per task
-#     sbatch --array=1-5%1 slurm/pretrain.sh CONFIG         # a chain: what comes after the end says "already done"
+#     sbatch --ntasks-per-node=4 --gpus-per-node=4 slurm/pretrain.sh CONFIG               # nodes of 4 GPUs
+#     sbatch --nodes=2 --ntasks-per-node=4 --gpus-per-node=0 slurm/pretrain.sh CONFIG     # CPU only
+#
+# A run of weeks needs no chain, as a job goes back into the queue by itself. Where requeues are forbidden (--no-requeue),
+# both of these go on until the run is finished, and what comes after the end says "already done":
+#
+#     sbatch --array=1-5%1 slurm/pretrain.sh CONFIG                         # one at a time, from one line
+#     sbatch --dependency=singleton --job-name=8b slurm/pretrain.sh CONFIG  # as often as wanted; one at a time by name
 #
 # Any line below can be changed on the command line of sbatch. Nodes, GPUs and the first node's address are Slurm's own.
 #
 #SBATCH --job-name=tidar
 #SBATCH --nodes=1
+# One process runs in each task, on a GPU of its own: the two are always equal, unless there are no GPUs.
+#SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
 #SBATCH --time=24:00:00
 # 5 minutes before the time limit every rank gets USR2 (not the batch shell: that would need `B:` and a trap); they save
@@ -22,7 +30,7 @@
 
 set -uo pipefail
 
-# Modules, virtual environment, NCCL's variables: everything of a cluster that is not of the run.
+# Modules, virtual environment, NCCL: everything of a cluster that is not of the run; see env.example.sh.
 environment=${TIDAR_ENV:-slurm/env.sh}
 if [[ -f $environment ]]; then
     source "$environment"
@@ -43,20 +51,12 @@ if ((${#container[@]})); then
     first_node=(srun --overlap --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" "${container[@]}")
 fi
 
-# One process per GPU; without GPUs, one per task.
-tasks=()
-if ((${SLURM_GPUS_ON_NODE:-0} > 0)); then
-    tasks=(--ntasks=$((SLURM_JOB_NUM_NODES * SLURM_GPUS_ON_NODE)) --ntasks-per-node="$SLURM_GPUS_ON_NODE")
-fi
-if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
-    tasks+=(--cpus-per-task="$SLURM_CPUS_PER_TASK") # srun does not inherit it
-fi
-
 # Bad settings end here, before any rank has started.
 logs=$("${first_node[@]}" "$python" -P -m tidar_mega.launch logs "$@") || exit
 echo "$(date '+%F %T') job $SLURM_JOB_ID start ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST, logs in $logs"
 
-srun "${tasks[@]}" "${container[@]}" --kill-on-bad-exit=1 --wait=60 --open-mode=append --output="$logs/rank_%t.log" \
+# srun inherits the number of tasks, but not their CPUs
+srun ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} "${container[@]}" --kill-on-bad-exit=1 --wait=60 --open-mode=append --output="$logs/rank_%t.log" \
     "$python" -P -u -m tidar_mega.cli pretrain "$@"
 
 # Says which rank failed first; requeues after a crash, never after a bad setting.

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_main_job import CONFIG, make_corpus
 from tidar_mega.config import ConfigError, load
 from tidar_mega.launch import jobs, resources, restarts, slurm
 from tidar_mega.launch.resources import Resources
@@ -96,6 +97,19 @@ def test_the_code_is_copied_as_it_is_now(tmp_path):
     assert done.stdout.strip() == str(code / "tidar_mega" / "config" / "__init__.py"), "and it is the copy that runs"
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize("executor", ["local", "debug"])
+def test_submit_without_slurm_trains_here(tmp_path, monkeypatch, executor):
+    make_corpus(tmp_path)
+    (tmp_path / "run.yaml").write_text(CONFIG)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    settings = ["parallel.data=null", "train.steps=3", "run_dir=run"]
+    result = jobs.submit("run.yaml", settings, executor=executor, time="20").result()
+    assert result == {"finished": True, "step": 3, "run_dir": "run"}
+    assert "done: 3 steps" in (tmp_path / "run" / "logs" / "local" / "rank_0.log").read_text()
+
+
 def launch(*words: str, **environment: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "tidar_mega.cli", "launch", *words]
     return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
@@ -122,3 +136,10 @@ def test_a_run_that_was_not_launched_has_no_status(tmp_path):
 @pytest.mark.parametrize("name", ["pretrain.sh", "evaluate.sh"])
 def test_the_scripts_are_valid_shell(name):
     subprocess.run(["bash", "-n", str(ROOT / "slurm" / name)], check=True)
+
+
+def test_the_file_system_of_a_folder_is_that_of_the_mount_above_it(tmp_path):
+    mounts = f"/dev/vda1 / ext4 rw 0 0\nserver:/home {tmp_path} nfs4 rw 0 0\ntmpfs {tmp_path}/a/b tmpfs rw 0 0\n"
+    found = {name: resources.mount_of(tmp_path / name, mounts)[1] for name in (".", "a", "a/b", "a/b/runs/8b", "a/bc")}
+    assert found == {".": "nfs4", "a": "nfs4", "a/b": "tmpfs", "a/b/runs/8b": "tmpfs", "a/bc": "nfs4"}
+    assert resources.mount_of(Path("/runs"), mounts) == ("/", "ext4")

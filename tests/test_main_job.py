@@ -317,7 +317,7 @@ def test_another_number_of_replicas_goes_on_with_the_same_samples(work):
 def test_tensorboard_has_every_step_once(work):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    board = EventAccumulator(str(work / "killed_between" / "tensorboard")).Reload()
+    board = EventAccumulator(str(work / "killed_between" / "tensorboard" / "train")).Reload()
     events = board.Scalars("train/loss")
     assert [e.step for e in events] == list(range(1, 17))
     expected = {step: line["loss"] for step, line in metrics(work, "whole").items()}

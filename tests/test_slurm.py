@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-import signal
+import re
 import subprocess
 import sys
 import time
@@ -27,30 +28,34 @@ model: {num_layers: 2, hidden_size: 64, ffn_hidden_size: 128, num_attention_head
 data: {path: corpus, seq_length: 64}
 train: {steps: 30, global_batch_size: 8, micro_batch_size: 2, block: 4, eval_interval: 0, eval_sequences: 8}
 optimizer: {lr: 3.0e-3, warmup_steps: 2, schedule: constant}
-parallel: {data: 4}
 precision: {dtype: fp32}
 checkpoint: {interval: 5}
 log: {interval: 1, tensorboard: false}
 """
 FOUR_TASKS = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=0")
+TWO_TASKS = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0")
 
 
-@pytest.fixture(scope="module")
-def work(tmp_path_factory) -> Path:
+def make_work(folder: Path, more_path: str = "") -> Path:
     """A folder with a corpus, a config, and what a cluster's own environment file holds."""
-    folder = tmp_path_factory.mktemp("cluster")
     make_corpus(folder)
     (folder / "run.yaml").write_text(CONFIG)
     (folder / "slurm").mkdir()
-    env = f"export TIDAR_PYTHON={sys.executable} PYTHONPATH={ROOT} OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME=lo\n"
+    path = f"{ROOT}:{more_path}" if more_path else ROOT
+    env = f"export TIDAR_PYTHON={sys.executable} PYTHONPATH={path} OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME=lo\n"
     (folder / "slurm" / "env.sh").write_text(env)
     return folder
 
 
 @pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    return make_work(tmp_path_factory.mktemp("cluster"))
+
+
+@pytest.fixture(scope="module")
 def uninterrupted(work) -> dict:
     """The losses of a run of the same layout that Slurm knows not."""
-    tidar(work, "pretrain", "run.yaml", "run_dir=local")
+    tidar(work, "pretrain", "run.yaml", "run_dir=local", "parallel.data=4")
     return losses(work, "local")
 
 
@@ -74,9 +79,9 @@ def soon(condition, seconds: float = 600) -> None:
         time.sleep(0.1)
 
 
-def end(folder: Path, job: str, state: str = "COMPLETED") -> str:
+def end(folder: Path, job: str, state: str = "COMPLETED", seconds: float = 1200) -> str:
     """Waits for the end of a job, which must be in `state`; all that it and its ranks have said."""
-    soon(lambda: over(job), 1200)
+    soon(lambda: over(job), seconds)
     logs = [folder / f"tidar-{job}.out", *sorted(folder.glob(f"*/logs/{job}/rank_*.log"))]
     said = "".join(f"--- {path.name}\n{path.read_text()}" for path in logs if path.exists())
     assert slurm.show(job)["JobState"] == state, said
@@ -111,11 +116,25 @@ def test_a_job_trains_to_the_end_with_the_losses_of_a_local_run(work, uninterrup
 
     again = end(work, sbatch(work, "run_dir=plain"))  # the next of a chain
     assert again.count("already done: 30 steps") == 1 and "resumed" not in again
+    assert sorted(evaluated_beside(work, "plain")) == [25, 30], "what checkpoint.keep_last has left"
+
+
+def evaluated_beside(work: Path, run: str) -> list[int]:
+    """Submits slurm/evaluate.sh for all checkpoints of a run, until it is finished; the steps that it has evaluated."""
+    words = ["evaluate", run, "--watch", "--prompts=2", "--prompt-tokens=8", "--max-tokens=8", "--sequences=2"]
+    options = ["--parsable", "--gpus-per-node=0", "--output=tidar-%j.out"]
+    command = ["sbatch", *options, str(ROOT / "slurm" / "evaluate.sh"), *words]
+    job = subprocess.run(command, cwd=work, capture_output=True, text=True, check=True).stdout.strip()
+    assert f"{run} is finished, and its last checkpoint is evaluated" in end(work, job)
+    return [json.loads(line)["step"] for line in (work / run / "evaluations.jsonl").read_text().splitlines()]
 
 
 def test_one_process_per_gpu_of_every_node(work):
-    said = end(work, sbatch(work, "run_dir=gpus", "train.steps=3", options=("--nodes=2", "--gpus-per-node=2")))
+    two = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2")
+    said = end(work, sbatch(work, "run_dir=gpus", "train.steps=3", options=two))
     assert "4 process(es)" in said and "done: 3 steps" in said
+    uneven = end(work, sbatch(work, "run_dir=gpus", options=("--nodes=2", "--ntasks-per-node=1", two[2])), "FAILED")
+    assert "--ntasks-per-node 1: must be --gpus-per-node (2), one process per GPU" in uneven
 
 
 @pytest.mark.parametrize("how", ["USR2", "TERM"])
@@ -135,7 +154,7 @@ def test_a_signal_in_mid_run_saves_requeues_and_goes_on_bit_for_bit(work, uninte
 def test_the_time_limit_in_mid_run_saves_requeues_and_goes_on_bit_for_bit(work):
     """More steps than the limit allows for, until it has come: with this schedule the losses do not depend on them."""
     (work / "long.yaml").write_text(CONFIG.replace("steps: 30", "steps: 100000"))
-    options = (*FOUR_TASKS, "--time=2", "--signal=USR2@60")
+    options = (*TWO_TASKS, "--time=3", "--signal=USR2@60")
     job = sbatch(work, "run_dir=limited", options=options, config="long.yaml")
     reached(work, "limited", 1)
     soon(lambda: restarted(job) == 1)
@@ -144,19 +163,9 @@ def test_the_time_limit_in_mid_run_saves_requeues_and_goes_on_bit_for_bit(work):
     (work / "long.yaml").write_text(CONFIG.replace("steps: 30", f"steps: {steps}"))
     said = end(work, job)
     assert f"SIGUSR2: stopped at step {stopped_at}" in said and f"step_{stopped_at:08d}, step {stopped_at}" in said
-    tidar(work, "pretrain", "long.yaml", "run_dir=unlimited")
+    tidar(work, "pretrain", "long.yaml", "run_dir=unlimited", "parallel.data=2")
     assert losses(work, "limited") == losses(work, "unlimited")
     assert len(losses(work, "limited")) == steps
-
-
-def test_a_killed_rank_ends_the_others_and_the_job_goes_on_from_the_newest_checkpoint(work, uninterrupted):
-    job = sbatch(work, "run_dir=killed")
-    reached(work, "killed", 7)
-    rank_process("killed", 3).send_signal(signal.SIGKILL)
-    said = end(work, job)
-    assert "task 3: Killed" in said and f"job {job} is requeued, restart 1" in said
-    assert "resumed from killed/checkpoints/" in said
-    assert losses(work, "killed") == uninterrupted
 
 
 def test_a_job_that_makes_no_progress_is_not_started_for_ever(work):
@@ -167,7 +176,7 @@ def test_a_job_that_makes_no_progress_is_not_started_for_ever(work):
     (work / "broken").mkdir()
     failing = "import os\nif os.environ.get('SLURM_PROCID') == '1' and 'SLURM_STEP_ID' in os.environ: os.abort()\n"
     (work / "broken" / "sitecustomize.py").write_text(failing)
-    options = (*FOUR_TASKS, "--export=ALL,TIDAR_ENV=slurm/broken.sh")
+    options = (*TWO_TASKS, "--export=ALL,TIDAR_ENV=slurm/broken.sh")
     job = sbatch(work, "run_dir=loop", "launch.max_idle_restarts=1", options=options)
     said = end(work, job, "FAILED")
     assert restarted(job) == 1
@@ -183,7 +192,7 @@ def test_a_node_that_fails_the_preflight_is_named_and_excluded_from_the_requeue(
     (work / "limited" / "sitecustomize.py").write_text(limit)
     env = (work / "slurm" / "env.sh").read_text() + "export PYTHONPATH=$PYTHONPATH:$PWD/limited\n"
     (work / "slurm" / "limited.sh").write_text(env)
-    job = sbatch(work, "run_dir=badnode", options=(*FOUR_TASKS, "--export=ALL,TIDAR_ENV=slurm/limited.sh"))
+    job = sbatch(work, "run_dir=badnode", options=(*TWO_TASKS, "--export=ALL,TIDAR_ENV=slurm/limited.sh"))
     soon(lambda: slurm.show(job).get("ExcNodeList") == "127.0.0.12")
     assert restarted(job) == 1
     subprocess.run(["scancel", job], check=True)  # there is no third node that it could take
@@ -193,8 +202,23 @@ def test_a_node_that_fails_the_preflight_is_named_and_excluded_from_the_requeue(
     assert not (work / "badnode" / "metrics.jsonl").exists(), "no step was made"
 
 
+def test_every_step_runs_in_the_container_and_with_the_variables_of_the_cluster(work):
+    """Slurm hands on what pyxis would be asked (tests/slurm/container.c); the container's Python notes it."""
+    asked = " ".join(f"$TEST_CONTAINER_{name}" for name in ("IMAGE", "MOUNTS", "WORKDIR"))
+    note = f'echo "$SLURM_STEP_ID $SLURM_PROCID {asked} $NCCL_DEBUG"'
+    (work / "python").write_text(f'#!/bin/bash\n{note} >>steps.txt\nexec {sys.executable} "$@"\n')
+    (work / "python").chmod(0o755)
+    env = (work / "slurm" / "env.sh").read_text() + "export TIDAR_PYTHON=$PWD/python NCCL_DEBUG=WARN\n"
+    (work / "slurm" / "container.sh").write_text(env)
+    asked = "--export=ALL,TIDAR_ENV=slurm/container.sh,CONTAINER_IMAGE=image.sqsh,CONTAINER_MOUNTS=/data:/data"
+    end(work, sbatch(work, "run_dir=contained", "train.steps=3", options=(*TWO_TASKS, asked)))
+    steps = sorted((work / "steps.txt").read_text().splitlines())
+    where = f"image.sqsh /data:/data {work} WARN"
+    assert steps == [f"0 0 {where}", f"1 0 {where}", f"1 1 {where}", f"2 0 {where}"], "logs, two ranks, after"
+
+
 def test_restarts_are_bounded(work):
-    job = sbatch(work, "run_dir=bounded", "launch.max_restarts=0")
+    job = sbatch(work, "run_dir=bounded", "launch.max_restarts=0", options=TWO_TASKS)
     reached(work, "bounded", 3)
     subprocess.run(["scancel", "--signal=USR2", job], check=True)
     said = end(work, job, "FAILED")
@@ -203,11 +227,14 @@ def test_restarts_are_bounded(work):
 
 
 def test_a_cancelled_job_saves_and_stays_cancelled(work):
-    job = sbatch(work, "run_dir=cancelled")
+    asked = ("--nodes", "2", "--gpus", "0", "--time", "20", "run_dir=cancelled")
+    job = re.search(r"job (\d+) is in the queue", tidar(work, "launch", "run.yaml", *asked))[1]
     reached(work, "cancelled", 3)
-    subprocess.run(["scancel", job], check=True)
+    assert f"job {job}: RUNNING on 127.0.0.[11-12]" in tidar(work, "launch", "--status", "cancelled")
+    assert f"job {job} is cancelled" in tidar(work, "launch", "--cancel", "cancelled")
     said = end(work, job, "CANCELLED")
     assert "is requeued" not in said and restarted(job) == 0
+    assert "CANCELLED" in tidar(work, "launch", "--status", "cancelled")
 
 
 BAD = {
@@ -278,7 +305,9 @@ def test_launch_follows_a_job_that_runs_a_copy_of_the_code(work, monkeypatch):
 
 
 IMPOSSIBLE = {
-    "a partition": (("--gpus", "2", "--partition", "fast"), "--partition fast: this cluster has main"),
+    "a partition": (("--gpus", "2", "--partition", "fast"), "--partition fast: this cluster has far, main, short"),
+    "time": (("--gpus", "2", "--time", "2-00:00:00", "--partition", "short"), "partition short allows 30:00"),
+    "a shared folder": (("--gpus", "2", "--partition", "far"), "and the nodes are others (192.0.2.1)"),
     "nodes": (("--nodes", "4", "--gpus", "1"), "--nodes 4: partition main has 2"),
     "GPUs": (("--gpus", "4"), "--gpus 4: of the 2 nodes of partition main, 0 have so many; the most is 2"),
     "a layout": (("--gpus", "3", "parallel.tensor=2"), "must divide the 3 processes (1 nodes x 3)"),

@@ -354,6 +354,42 @@ def _bench(args) -> int | None:
     return None
 
 
+# evaluate
+
+
+def _add_evaluate(parser, _) -> None:
+    from tidar_mega.evaluation import watch
+
+    parser.set_defaults(verb=_evaluate)
+    _add_checkpoint(parser)
+    watch.add_arguments(parser)
+    _add_json(parser)
+
+
+def _evaluate(args) -> int | None:
+    if args.watch:
+        from tidar_mega.evaluation import watch
+
+        return watch.run(args)
+    if (code := _in_ranks(args)) is not None:
+        return code
+    from tidar_mega.evaluation import checkpoint
+    from tidar_mega.train import board
+
+    _write_json(args.json, checkpoint.run(args, board.evaluation))
+    return None
+
+
+# board
+
+
+def _add_board(parser, _) -> None:
+    from tidar_mega.train import board
+
+    parser.set_defaults(verb=board.serve)
+    board.add_arguments(parser)
+
+
 # convert
 
 
@@ -378,6 +414,8 @@ _VERBS = {
     "pretrain": (_add_pretrain, "Train, or go on from the newest checkpoint of the run folder."),
     "launch": (_add_launch, "Train in a Slurm job that goes back into the queue until the run is finished."),
     "generate": (_add_generate, "Continue a prompt, streamed as tokens are committed."),
+    "evaluate": (_add_evaluate, "Decode held-out text with a checkpoint, or with each new one of a run (--watch)."),
+    "board": (_add_board, "Show the runs in a folder in TensorBoard, on this machine alone unless told otherwise."),
     "convert": (
         _add_convert,
         "Write a checkpoint as a Hugging Face model, for transformers and all that builds on it.",

@@ -128,7 +128,7 @@ def show(figures: dict) -> None:
         print(f"  {name:28s} {value:.4g}" if isinstance(value, float) else f"  {name:28s} {value}")
     print(
         f"""
-TensorBoard:      tensorboard --logdir {RUN}/tensorboard
+TensorBoard:      tidar board {RUN}
 Sample at T = 1:  tidar generate {RUN} --prompt 'class Stack:' --show-commits decode.temperature=1
 Train longer:     tidar pretrain {CONFIG} run_dir=runs/longer train.steps=5000
 Another corpus:   tidar prepare FOLDER_OR_FILES --output data/mine

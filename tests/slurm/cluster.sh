@@ -4,9 +4,10 @@
 #     tests/slurm/cluster.sh run COMMAND...     start, run the command with SLURM_CONF set, stop however it ends
 #     tests/slurm/cluster.sh start              prints the line to `eval` for its clients
 #     tests/slurm/cluster.sh stop
+#     tests/slurm/cluster.sh node 2             starts the second node again after its daemon was killed
 #
-# Installs slurmctld, slurmd, slurm-client and munge by apt where they are not there (that needs root). The state is in
-# $TIDAR_SLURM_FOLDER; nothing outside it is written, and only processes that were started here are ended.
+# Installs slurmctld, slurmd, slurm-client and munge, and gcc and headers for container.c, by apt where they are not
+# there (that needs root). The state is in $TIDAR_SLURM_FOLDER; nothing outside it is written, and only processes that were started here are ended.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 folder=${TIDAR_SLURM_FOLDER:-${TMPDIR:-/tmp}/tidar-slurm-$(id -u)}
@@ -15,10 +16,12 @@ export SLURM_CONF=$folder/slurm.conf
 
 install() {
     local missing=() command package
-    for pair in slurmctld:slurmctld slurmd:slurmd sbatch:slurm-client munged:munge; do
+    for pair in slurmctld:slurmctld slurmd:slurmd sbatch:slurm-client munged:munge cc:gcc; do
         IFS=: read -r command package <<<"$pair"
         command -v "$command" >/dev/null || missing+=("$package")
     done
+    [[ -e /usr/include/slurm/spank.h ]] || missing+=(libslurm-dev)
+    [[ -e /usr/include/stdlib.h ]] || missing+=(libc6-dev)
     ((${#missing[@]})) || return 0
     echo "installing ${missing[*]}" >&2
     local policy=/usr/sbin/policy-rc.d made=
@@ -39,6 +42,7 @@ configure() {
     for ((n = 0; n < gpus; n++)); do
         ln -s /dev/null "$folder/dev/nvidia$n" # any character device counts as a GPU
     done
+    # A third node, which is not there, stands for machines that are not this one.
     # The nodes are named by loopback addresses, so that every name resolves. cred_expire is also the delay before a
     # requeued job starts again; FirstJobId differs at each start, as folders are named after jobs.
     cat >"$SLURM_CONF" <<CONF
@@ -75,15 +79,21 @@ SlurmctldTimeout=10
 MinJobAge=600
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2,sched_min_interval=100000
 PropagateResourceLimits=NONE
+PlugStackConfig=$folder/plugstack.conf
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 $(for ((n = 1; n <= nodes; n++)); do
         echo "NodeName=127.0.0.1$n NodeHostname=127.0.0.1$n NodeAddr=127.0.0.1 Port=$((port + 10 + n)) CPUs=$cpus Boards=1" \
             "SocketsPerBoard=1 CoresPerSocket=$cpus ThreadsPerCore=1 RealMemory=16000 Gres=gpu:$gpus"
     done)
-PartitionName=main Nodes=ALL Default=YES DefaultTime=30 MaxTime=INFINITE DefMemPerCPU=1
+NodeName=far NodeAddr=192.0.2.1 Port=$((port + 10)) CPUs=$cpus RealMemory=16000 Gres=gpu:$gpus State=DOWN
+PartitionName=far Nodes=far
+PartitionName=short Nodes=127.0.0.[11-1$nodes] MaxTime=30
+PartitionName=main Nodes=127.0.0.[11-1$nodes] Default=YES DefaultTime=30 MaxTime=INFINITE DefMemPerCPU=1
 CONF
-    echo "NodeName=127.0.0.[11-1$nodes] Name=gpu File=$folder/dev/nvidia[0-$((gpus - 1))]" >"$folder/gres.conf"
+    echo "NodeName=far,127.0.0.[11-1$nodes] Name=gpu File=$folder/dev/nvidia[0-$((gpus - 1))]" >"$folder/gres.conf"
+    cc -shared -fPIC -o "$folder/container.so" "$here/container.c"
+    echo "required $folder/container.so" >"$folder/plugstack.conf"
     printf 'CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n' >"$folder/cgroup.conf" # is read, and not used
 }
 
@@ -107,8 +117,13 @@ soon() {
     return 1
 }
 
+start_node() {
+    mkdir -p "$folder/spool/127.0.0.1$1"
+    background "slurmd.$1" slurmd -D -N "127.0.0.1$1"
+}
+
 all_idle() {
-    [[ $(sinfo -h -N -o '%N %t' | grep -c ' idle$') == "$nodes" ]]
+    [[ $(sinfo -h -N -p main -o '%N %t' | grep -c ' idle$') == "$nodes" ]]
 }
 
 start() {
@@ -120,8 +135,7 @@ start() {
     background slurmctld slurmctld -D -c
     local n
     for ((n = 1; n <= nodes; n++)); do
-        mkdir -p "$folder/spool/127.0.0.1$n"
-        background "slurmd.$n" slurmd -D -N "127.0.0.1$n"
+        start_node "$n"
     done
     soon all_idle || { stop && return 1; }
 }
@@ -156,18 +170,19 @@ case ${1:-} in
 start)
     install
     start
-    echo "export SLURM_CONF=$SLURM_CONF TIDAR_SLURM=1 PATH=$here/bin:\$PATH"
+    echo "export SLURM_CONF=$SLURM_CONF TIDAR_SLURM=1 TIDAR_SLURM_FOLDER=$folder PATH=$here/bin:\$PATH"
     ;;
 stop) stop ;;
+node) start_node "$2" ;;
 run)
     shift
     install
     trap stop EXIT
     start
-    TIDAR_SLURM=1 PATH="$here/bin:$PATH" "$@"
+    TIDAR_SLURM=1 TIDAR_SLURM_FOLDER=$folder PATH="$here/bin:$PATH" "$@"
     ;;
 *)
-    sed -n '2,9s/^# \?//p' "$0" >&2
+    sed -n '2,10s/^# \?//p' "$0" >&2
     exit 2
     ;;
 esac

@@ -40,6 +40,11 @@ class Progress:
     samples: int = 0
     skipped_steps: int = 0  # steps whose gradient was not finite, in all
     skipped_in_a_row: int = 0
+    # of the losses so far, the recent ones counting most, for what is a spike
+    loss_mean: float = 0.0
+    loss_variance: float = 0.0
+    loss_steps: int = 0
+    spikes: int = 0
 
 
 @dataclass

@@ -141,10 +141,22 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class HealthConfig:
+    """What is watched while a run trains."""
+
+    # a rank without progress for so long ends the run, with the stacks of all ranks, to be started again; 0 = never
+    hang_minutes: float = 8.0
+    straggler_factor: float = 2.0  # a rank that works so many times as long as the median is named; 0 = never
+    spike_sigmas: float = 6.0  # a loss so many standard deviations above the recent mean is a spike; 0 = none is
+    skip_spikes: bool = False  # the update of such a step is not made
+
+
+@dataclass(frozen=True)
 class LaunchConfig:
     """What surrounds the training on a cluster."""
 
     preflight: bool = True  # before the first step, look at every node: GPUs, exchange, clocks, disk, versions, config
+    check_shared: bool = True  # before a job is queued, refuse a run_dir that lies on a disk of this machine alone
     max_restarts: int = 100  # a Slurm job is requeued at most this often
     max_idle_restarts: int = 3  # and at most this often in a row without a new checkpoint
 
@@ -190,6 +202,7 @@ class Config:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
 

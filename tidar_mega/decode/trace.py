@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.text import Text
 
@@ -52,6 +55,22 @@ def write(commits: Sequence[Commit], decode: Callable[[list[int]], str], path: P
         _print(told)
     else:
         path.write_text(_page(told), encoding="utf-8")
+
+
+def picture(commits: Sequence[Commit], decode: Callable[[list[int]], str], most: int = 40) -> np.ndarray:
+    """The first `most` lines as an image, uint8 [height, width, 3]."""
+    told = lines(commits, decode)[:most]
+    figure = Figure(figsize=(10, 0.6 + 0.22 * len(told)), dpi=100)
+    canvas = FigureCanvasAgg(figure)
+    for number, pieces in enumerate(told):
+        y, column = 1 - (number + 1) / (len(told) + 1), 0
+        for piece in [Piece("number", f"{number:3d} "), *pieces]:
+            colour = _COLOURS.get(piece.kind, "#666666").split(";")[0]
+            text = _visible(piece.text)
+            figure.text(0.01 + 0.0085 * column, y, text, color=colour, family="monospace", size=9, va="center")
+            column += len(text) + 1
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def _print(told: list[list[Piece]]) -> None:

@@ -6,6 +6,7 @@ python -m tidar_mega.launch after CODE CONFIG key=value ..  once srun has ended 
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -21,6 +22,7 @@ def main(words: list[str]) -> int:
         if not rest:
             raise UserError("no config: use sbatch slurm/pretrain.sh configs/quickstart.yaml key=value ..")
         config = config_module.load(rest[0], rest[1:])
+        slurm.check_tasks(os.environ)
         if verb == "after":
             return restarts.after_crash(config, code)
         logs = Path(config.run_dir) / "logs" / str(slurm.own_job())

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from tidar_mega import config as config_module
-from tidar_mega.config import UserError
+from tidar_mega.config import Config, UserError
 from tidar_mega.launch import jobs, restarts, slurm
 from tidar_mega.launch.resources import Resources, check, check_cluster
 
@@ -46,8 +46,9 @@ def run(args) -> int:
     check(config, r)
     words = [args.config, *args.overrides]
     if args.dry_run:
-        return _show(words, r)
-    check_cluster(r)
+        return _show(config, words, r)
+    check_cluster(config, r)
+    _ask_slurm(jobs.sbatch_command(jobs.script(), words, r))
     code = jobs.snapshot(config)
     command = jobs.sbatch_command(code / jobs.script().relative_to(jobs.script().parents[1]), words, r, code)
     job = slurm.ask([command[0], "--parsable", *command[1:]]).strip().split(";")[0]
@@ -57,13 +58,20 @@ def run(args) -> int:
     return _follow(Path(config.run_dir), job) if args.follow else 0
 
 
-def _show(words: list[str], r: Resources) -> int:
+def _ask_slurm(command: list[str]) -> None:
+    """Whether Slurm itself would take the job: limits of time, accounts, what only it knows. Raises UserError."""
+    slurm.ask([command[0], "--test-only", *command[1:]])
+
+
+def _show(config: Config, words: list[str], r: Resources) -> int:
     print(f"# {r.nodes} nodes x {r.tasks_per_node} processes; settings and layout are good")
+    command = jobs.sbatch_command(jobs.script(), words, r)
     if shutil.which("sbatch"):
-        check_cluster(r)
+        check_cluster(config, r)
+        _ask_slurm(command)
     else:
         print("# sbatch is not on PATH here: nodes, GPUs and partition were not checked")
-    print(shlex.join(jobs.sbatch_command(jobs.script(), words, r)))
+    print(shlex.join(command))
     print(jobs.script().read_text(), end="")
     return 0
 

@@ -72,7 +72,7 @@ def _task(config: str | Path, overrides: list[str], r: Resources, executor: str)
     settings = config_module.load(config, overrides)
     check(settings, r)
     if executor == "slurm":
-        check_cluster(r)
+        check_cluster(settings, r)
     elif settings.parallel.data is None:  # the processes are started by `tidar pretrain` itself
         overrides = [*overrides, f"parallel.data={r.world_size // settings.parallel.model_size}"]
     return Pretrain(str(config), tuple(overrides), str(snapshot(settings))), settings
@@ -183,7 +183,7 @@ def sbatch_command(path: Path, words: Sequence[str], r: Resources, code: Path | 
     """The command that submits slurm/pretrain.sh, of the copy `code` if given, with `words` behind it."""
     options = [f"--nodes={r.nodes}", f"--gpus-per-node={r.gpus}", f"--time={r.time}"]
     options += [f"--signal=USR2@{r.signal_seconds}"]
-    options += [] if r.gpus else [f"--ntasks-per-node={r.tasks_per_node}"]
+    options += [f"--ntasks-per-node={r.tasks_per_node}"]
     options += [f"--cpus-per-task={r.cpus}"] if r.cpus else []
     options += [f"--partition={r.partition}"] if r.partition else []
     options += [f"--export=ALL,TIDAR_CODE={code}"] if code else []

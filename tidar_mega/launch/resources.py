@@ -5,10 +5,14 @@ from __future__ import annotations
 
 import re
 import shutil
+import socket
 from dataclasses import dataclass
+from pathlib import Path
 
 from tidar_mega.config import Config, ConfigError, UserError, check_batch
 from tidar_mega.launch.slurm import ask
+
+_OWN_DISKS = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "ramfs", "overlay", "fuse-overlayfs"}
 
 
 @dataclass(frozen=True)
@@ -68,29 +72,72 @@ def minutes(time: str) -> int:
     return -(-seconds // 60)
 
 
-def check_cluster(r: Resources) -> None:
-    """Whether this cluster has such nodes. Raises UserError."""
+def check_cluster(config: Config, r: Resources) -> None:
+    """Whether this cluster has such nodes, and they the run folder. Raises UserError."""
     for command in ("sbatch", "srun", "scontrol"):
         if shutil.which(command) is None:
             raise UserError(
                 f"{command} is not on PATH: no Slurm here; log in to the cluster, or train on this machine with "
                 "`tidar pretrain`; --dry-run shows what would be submitted"
             )
-    groups = [line.split("|") for line in ask(["sinfo", "-h", "-o", "%P|%D|%G"]).splitlines()]
-    names = sorted({name.rstrip("*") for name, _, _ in groups})
+    _check_shared(config, _check_nodes(r))
+
+
+def _check_nodes(r: Resources) -> str | None:
+    """The partition that the job will be in, if it is known."""
+    groups = [line.split("|") for line in ask(["sinfo", "-h", "-o", "%P|%D|%G|%l"]).splitlines()]
+    names = sorted({name.rstrip("*") for name, *_ in groups})
     if r.partition is not None and r.partition not in names:
         raise UserError(f"--partition {r.partition}: this cluster has {', '.join(names)}")
     here = [g for g in groups if (g[0].rstrip("*") == r.partition if r.partition else g[0].endswith("*"))]
-    nodes = sum(int(count) for _, count, _ in here)
+    limit = here[0][3] if here else "infinite"
+    if limit != "infinite" and minutes(r.time) > minutes(limit):  # Slurm would let it wait for ever
+        raise UserError(
+            f"--time {r.time}: partition {here[0][0].rstrip('*')} allows {limit}; ask for less, as the run goes on in "
+            "the next start"
+        )
+    nodes = sum(int(count) for _, count, *_ in here)
     if here and r.nodes > nodes:
         raise UserError(f"--nodes {r.nodes}: partition {here[0][0].rstrip('*')} has {nodes}; ask for fewer")
-    with_gpus = sum(int(count) for _, count, gres in here if gpus_of(gres) >= r.gpus)
+    with_gpus = sum(int(count) for _, count, gres, _ in here if gpus_of(gres) >= r.gpus)
     if here and r.nodes > with_gpus:
-        most = max(gpus_of(gres) for _, _, gres in here)
+        most = max(gpus_of(gres) for _, _, gres, _ in here)
         raise UserError(
             f"--gpus {r.gpus}: of the {nodes} nodes of partition {here[0][0].rstrip('*')}, {with_gpus} have so many; "
             f"the most is {most} GPUs per node; ask for more nodes of fewer GPUs"
         )
+    return here[0][0].rstrip("*") if here else r.partition
+
+
+def _check_shared(config: Config, partition: str | None) -> None:
+    """Refuses a run folder on a disk that this machine has for itself, unless it is the one node of the partition."""
+    if not config.launch.check_shared:
+        return
+    where = ["-p", partition] if partition else []
+    elsewhere = sorted({node for node in ask(["sinfo", "-h", "-N", "-o", "%o", *where]).split() if not _is_here(node)})
+    mount, kind = mount_of(Path(config.run_dir), Path("/proc/mounts").read_text())
+    if elsewhere and kind in _OWN_DISKS:
+        raise UserError(
+            f"run_dir = {config.run_dir}: lies on {mount}, a file system ({kind}) of this machine, and the nodes are "
+            f"others ({', '.join(elsewhere[:3])}{', ..' if len(elsewhere) > 3 else ''}); set it to a folder that all "
+            "share, or, if this machine lends that one to them, launch.check_shared=false"
+        )
+
+
+def _is_here(address: str) -> bool:
+    """Whether that is an address of this machine: no other can be bound to."""
+    with socket.socket() as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError:
+            return False
+    return True
+
+
+def mount_of(folder: Path, mounts: str) -> tuple[str, str]:
+    """(mount point, kind) of the file system on which `folder` is or would be, by the text of /proc/mounts."""
+    known = {fields[1]: fields[2] for fields in (line.split() for line in mounts.splitlines())}  # the last one counts
+    return next((str(p), known[str(p)]) for p in (folder.resolve(), *folder.resolve().parents) if str(p) in known)
 
 
 def gpus_of(gres: str) -> int:

@@ -62,6 +62,16 @@ def place(slurm: dict | os._Environ) -> dict[str, str]:
     }
 
 
+def check_tasks(job: dict | os._Environ) -> None:
+    """Whether a job whose batch shell has the environment `job` has a task for each GPU. Raises ConfigError."""
+    gpus, tasks = (int(job.get(f"SLURM_{name}") or 0) for name in ("GPUS_ON_NODE", "NTASKS_PER_NODE"))
+    if gpus and tasks and gpus != tasks:
+        raise ConfigError(
+            f"--ntasks-per-node {tasks}: must be --gpus-per-node ({gpus}), one process per GPU; give sbatch both, "
+            f"--ntasks-per-node={gpus} --gpus-per-node={gpus}"
+        )
+
+
 def first_host(nodes: str) -> str:
     """The first name of a Slurm host list such as `gpu[07-09,12],cpu1`, on which task 0 runs. Raises ConfigError."""
     found = re.match(r"(?:[^,\[\]]|\[[^\]]+\])+", nodes)

@@ -87,15 +87,16 @@ class Tidar:
         return {
             "slot_count": count.double(),
             "slot_correct": correct.double(),
-            "blocks": whole_BG.sum().double(),
-            "accepted": (accepted_BG * whole_BG).sum().double(),
+            "accepted_lengths": torch.bincount(accepted_BG[whole_BG] - 1, minlength=self.block).double(),
         }
 
     def summary(self, sums: dict[str, Tensor]) -> dict[str, float]:
         slots = (sums["slot_correct"] / sums["slot_count"].clamp(min=1)).tolist()
         figures = {f"draft_accuracy/slot_{k}": accuracy for k, accuracy in enumerate(slots)}
         figures["draft_accuracy"] = float(sums["slot_correct"].sum() / sums["slot_count"].sum().clamp(min=1))
-        figures["expected_tokens_per_forward"] = float(sums["accepted"] / sums["blocks"].clamp(min=1))
+        lengths_K = sums["accepted_lengths"]  # of 1, 2, .. tokens
+        accepted = (lengths_K * torch.arange(1, len(lengths_K) + 1, device=lengths_K.device)).sum()
+        figures["expected_tokens_per_forward"] = float(accepted / lengths_K.sum().clamp(min=1))
         return figures
 
 

@@ -54,10 +54,10 @@ def opened(config: Config, note_exit: Callable[[int], None] = lambda code: None)
 
     `note_exit` is called with the exit code, of which a launcher may see only that of another rank that it has killed.
     """
-    seconds = 60 * config.parallel.timeout_minutes
-    # NCCL ends the process from a thread of its own, so who is missing must be said before
-    warn_seconds = 0.9 * seconds if dist.get_backend() == "nccl" else float("inf")
-    roll_call = RollCall(dist.get_rank(), dist.get_world_size(), _store_of_the_launcher, warn_seconds)
+    seconds = 60 * config.health.hang_minutes or float("inf")
+    if dist.get_backend() == "nccl":  # which ends the process from a thread of its own: who is missing is said before
+        seconds = min(seconds, 0.9 * 60 * config.parallel.timeout_minutes)
+    roll_call = RollCall(dist.get_rank(), dist.get_world_size(), _store_of_the_launcher, seconds)
     try:
         yield roll_call
     except (KeyboardInterrupt, SystemExit):
@@ -109,6 +109,8 @@ def _tell(roll_call: RollCall, error: BaseException, timeout_minutes: float) -> 
             shown, code = f"[rank {rank}] error: {text}", LostError.exit_code
     if note is None:
         note = roll_call.leave(code, text) if answers else Note(rank, code, text)
+    if note.rank == rank and note.stacks:
+        return note.code  # the watchdog has said it
     if note.rank == rank:
         say(shown)
         if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun shows the first one at the end
@@ -137,7 +139,7 @@ def _missing(roll_call: RollCall, error: BaseException, timeout_minutes: float, 
     if survey is None:
         who = "rank 0 did not take part, and the store that it holds is gone"
     else:
-        who = survey.blame(roll_call.place) or f"all ranks answer, so look at the network ({_first_line(error)})"
+        who = survey.blame() or f"all ranks answer, so look at the network ({_first_line(error)})"
     return (
         f"{_operation(error)} did not come to its end{limit} at {roll_call.place}: {who}; "
         "look at its log and its machine; the same command resumes from the newest checkpoint"

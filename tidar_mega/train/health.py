@@ -1,11 +1,16 @@
-"""Stopping in time: signals become one decision that all ranks take together at a step boundary.
+"""Stopping in time: signals become one decision that all ranks take together at a step boundary. And losses that jump.
 
 Nothing here imports torch at the top: the handlers must be there before such an import, which takes seconds.
 """
 
 from __future__ import annotations
 
+import math
 import signal
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tidar_mega.checkpoint.state import Progress
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -25,6 +30,28 @@ class StopRequest:
         """Collective. The name of the signal that any rank has received, or None."""
         number = _highest(self.signal or 0)
         return signal.Signals(number).name if number else None
+
+
+_RECENT = 0.02  # share of the newest loss in the mean, and
+_FIRST_STEPS = 20  # losses before any is called a spike
+
+
+def spike(progress: Progress, loss: float, sigmas: float) -> float | None:
+    """How many standard deviations above the recent mean this loss is, if more than `sigmas`. Takes it into the mean.
+
+    A spike counts in the mean as well: where losses stay high, that is soon the new normal.
+    """
+    if sigmas == 0 or not math.isfinite(loss):
+        return None  # the NaN policy's
+    height = loss - progress.loss_mean
+    deviation = math.sqrt(progress.loss_variance)
+    found = height / deviation if progress.loss_steps >= _FIRST_STEPS and height > sigmas * deviation > 0 else None
+    progress.loss_steps += 1
+    weight = max(_RECENT, 1 / progress.loss_steps)
+    progress.loss_mean += weight * height
+    progress.loss_variance = (1 - weight) * (progress.loss_variance + weight * height**2)
+    progress.spikes += found is not None
+    return found
 
 
 def anywhere(truth: bool) -> bool:

@@ -21,10 +21,11 @@ from tidar_mega.data.stream import Stream, open_stream
 from tidar_mega.model import gpt
 from tidar_mega.parallel.mesh import Mesh
 from tidar_mega.train import optim
-from tidar_mega.train.health import StopRequest, anywhere
+from tidar_mega.train.health import StopRequest, anywhere, spike
 from tidar_mega.train.metrics import MetricsLog
 from tidar_mega.train.roll_call import RollCall
 from tidar_mega.train.step import Sums, Task, accumulate_gradients, micro_batches, summarise, validate
+from tidar_mega.train.stragglers import OwnWork
 
 
 class TrainingError(UserError):
@@ -36,8 +37,9 @@ def train(config: Config, mesh: Mesh, stop: StopRequest, roll_call: RollCall | N
 
     Raises ConfigError, DataError, CheckpointError or TrainingError.
     """
-    run = Run.start(config, mesh)
-    run.roll_call = roll_call
+    if roll_call is not None:
+        roll_call.at(0, "building the model and reading the newest checkpoint")
+    run = Run.start(config, mesh, roll_call)
     log, progress = run.log, run.state.progress
     if progress.step >= config.train.steps and anywhere(log.has_validation(progress.step)):
         log.say(f"already done: {progress.step} steps; raise train.steps to go on")
@@ -76,9 +78,10 @@ class Run:
     log: MetricsLog
     resumed_at: int
     lock: TextIO | None
+    work: OwnWork
     base: Base | None = None  # the frozen weights under adapters
-    speed: Speed = field(default_factory=lambda: Speed())
     roll_call: RollCall | None = None
+    speed: Speed = field(default_factory=lambda: Speed())
 
     def at(self, doing: str) -> None:
         """Where this rank is, for the others to know if it does not answer."""
@@ -86,7 +89,7 @@ class Run:
             self.roll_call.at(self.state.progress.step, doing)
 
     @classmethod
-    def start(cls, config: Config, mesh: Mesh) -> Run:
+    def start(cls, config: Config, mesh: Mesh, roll_call: RollCall | None = None) -> Run:
         """Opens the data, builds the model and, if the run folder has a checkpoint, goes on from it; else begins from
         `train.init_from` or from random weights."""
         lock = mesh.on_main(lambda: _lock(Path(config.run_dir)))
@@ -96,23 +99,31 @@ class Run:
         )
         tokenizer = stream.tokenizer
         method = methods.load(config, tokenizer.mask)
+        work = OwnWork(config.health.straggler_factor)
+
+        def before_exchange() -> None:
+            work.end()
+            if roll_call is not None:
+                roll_call.at(roll_call.place.step, "exchange of gradients and update")
+
         checkpoints = CheckpointStore(Path(config.run_dir) / "checkpoints", config.checkpoint.keep_last)
         newest = checkpoints.open(mesh)
         models = gpt.build(config, tokenizer.vocab_size)
         base = Base.find(config, mesh, newest) if config.lora.rank or newest is None else None
         if base is not None:  # before the optimizer makes its float32 copies
             base.load(models, config, tokenizer.vocab_size, stream.tokenizer_folder)
-        chunks = optim.wrap(config, models)
+        chunks = optim.wrap(config, models, before_exchange)
         optimizer = optim.build_optimizer(config, chunks)
         state = TrainState(chunks, optimizer, optim.build_scheduler(config, optimizer), Progress())
         if newest is not None:
             resume(newest, config, stream, state, base)
         token_bytes = torch.as_tensor(tokenizer.token_bytes).to(device.device())
-        task = Task(config, mesh, method, chunks, token_bytes)
+        task = Task(config, mesh, method, chunks, token_bytes, roll_call.progress if roll_call else lambda: None)
         log = MetricsLog(config, mesh.is_main, state.progress.step)
-        log.say(_describe(config, mesh, chunks, newest, state.progress, base))
+        drawn = next(micro_batches(task, stream, 0, 1)) if mesh.is_main else None
+        log.start(_describe(config, mesh, chunks, newest, state.progress, base), drawn)
         frozen = base if config.lora.rank else None
-        return cls(task, state, stream, held_out, checkpoints, log, state.progress.step, lock, frozen)
+        return cls(task, state, stream, held_out, checkpoints, log, state.progress.step, lock, work, frozen, roll_call)
 
     def is_due(self, interval: int) -> bool:
         step = self.state.progress.step
@@ -158,9 +169,11 @@ class Run:
         self.at("reading samples")
         started = time.perf_counter()
         batch = list(micro_batches(self.task, self.stream, progress.samples, config.train.global_batch_size))
-        self.at("forward, backward and update")
-        sums = accumulate_gradients(self.task, batch)
-        norm, applied = optim.update(self.state.optimizer, config.optimizer.clip_grad)
+        self.work.add(time.perf_counter() - started)
+        self.at("forward and backward")
+        sums = accumulate_gradients(self.task, batch, self.work.begin)
+        wanted = self._judge(sums)
+        norm, applied = optim.update(self.state.optimizer, config.optimizer.clip_grad, wanted)
         lr = self.state.optimizer.param_groups[0]["lr"]
         self.state.scheduler.step(1)
         progress.step += 1
@@ -168,10 +181,29 @@ class Run:
         self.speed.add(sums, time.perf_counter() - started)
         window = self.state.window
         self.state.window = {name: window[name] + value if name in window else value for name, value in sums.items()}
-        self._watch(applied, norm)
+        self._watch(applied or not wanted, norm)
         if progress.step % config.log.interval == 0 or progress.step == config.train.steps:
-            self.log.step(progress.step, self._figures(norm, lr))
+            slow, warning = self.work.report()
+            self.log.step(progress.step, {**self._figures(norm, lr), **slow})
+            if warning:
+                self.log.say(warning)
+            if "accepted_lengths" in self.state.window:
+                self.log.accepted(progress.step, self.state.window["accepted_lengths"].tolist())
             self.state.window, self.speed = {}, Speed()
+
+    def _judge(self, sums: Sums) -> bool:
+        """The spike policy: a loss that jumps is told and counted. Whether the update is to be made."""
+        health, loss = self.task.config.health, summarise(self.task, sums)["loss"]
+        mean = self.state.progress.loss_mean
+        height = spike(self.state.progress, loss, health.spike_sigmas)
+        if height is None:
+            return True
+        what = "update skipped (health.skip_spikes)" if health.skip_spikes else "update made"
+        self.log.say(
+            f"step {self.state.progress.step + 1}: loss {loss:.4f} is {height:.1f} standard deviations above the "
+            f"recent mean {mean:.4f}; {what}; spike {self.state.progress.spikes}"
+        )
+        return not health.skip_spikes
 
     def _watch(self, applied: bool, norm: float) -> None:
         """The NaN policy: a step with a non-finite gradient changes nothing; too many in a row end the run."""
@@ -203,6 +235,7 @@ class Run:
             "samples": progress.samples,
             "epoch": progress.samples / self.stream.samples_per_epoch,
             "skipped_steps": progress.skipped_steps,
+            "spikes": progress.spikes,
         }
 
 

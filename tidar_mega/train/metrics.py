@@ -9,13 +9,13 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from torch.utils.tensorboard import SummaryWriter
-
 from tidar_mega.config import Config, UserError, to_yaml
+from tidar_mega.rows import Rows
+from tidar_mega.train.board import Board, mask_picture
 
 
 class MetricsLog:
@@ -26,7 +26,7 @@ class MetricsLog:
         self.config = config
         self.started = time.monotonic()
         self.first_step = first_step
-        self.board: SummaryWriter | None = None
+        self.board: Board | None = None
         if not enabled:
             return
         self.folder = Path(config.run_dir)
@@ -40,8 +40,23 @@ class MetricsLog:
         _drop_after(self.path, self.first_step)
         (self.folder / "config.yaml").write_text(text)
         if self.config.log.tensorboard:
-            self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.first_step + 1)
-            self.board.add_text("config", f"```yaml\n{text}\n```", self.first_step)
+            self.board = Board(self.folder / "tensorboard" / "train", self.first_step)
+            self.board.texts(self.first_step, {"config": text})
+
+    def start(self, layout: str, rows: Rows | None) -> None:
+        """What the run is, in a line; and one of its sequences, of which the mask is drawn."""
+        self.say(layout)
+        if self.board is not None:
+            with _writing(self.folder):
+                self.board.texts(self.first_step, {"layout": layout.replace(" | ", "\n")})
+                if rows is not None:
+                    self.board.image(self.first_step, "mask", mask_picture(rows))
+
+    def accepted(self, step: int, counts: Sequence[float]) -> None:
+        """How many drafts would have been accepted up to their first, second, .. token, since the last call."""
+        if self.board is not None:
+            with _writing(self.folder):
+                self.board.lengths(step, "train/accepted_length", counts)
 
     def step(self, step: int, figures: dict[str, float]) -> None:
         """Figures of a training step (means since the last call)."""
@@ -79,9 +94,7 @@ class MetricsLog:
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, "kind": kind, **finite}) + "\n")
         if self.board is not None:
-            for name, value in figures.items():
-                self.board.add_scalar(f"{kind}/{name}", value, step)
-            self.board.flush()
+            self.board.scalars(step, kind, figures)
 
     def _line(self, step: int, figures: dict[str, float]) -> str:
         total = self.config.train.steps

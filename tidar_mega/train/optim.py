@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -18,8 +19,12 @@ from tidar_mega.model import precision
 from tidar_mega.model.gpt import HybridGPT
 
 
-def wrap(config: Config, chunks: list[HybridGPT]) -> list[DistributedDataParallel]:
+def wrap(
+    config: Config, chunks: list[HybridGPT], before_exchange: Callable[[], None] = lambda: None
+) -> list[DistributedDataParallel]:
     """Each chunk with gradients that are summed over the data-parallel (and context-parallel) group, in float32.
+
+    `before_exchange` is called once in a step, when this rank's own gradients are made and it waits for the others'.
 
     From here on, torch is as deterministic as `precision.deterministic` says.
     """
@@ -40,18 +45,24 @@ def wrap(config: Config, chunks: list[HybridGPT]) -> list[DistributedDataParalle
         for i, chunk in enumerate(chunks)
     ]
     for chunk in chunks:  # megatron's schedules read these from the first; all may share one object
-        _set_schedule_functions(config, chunk.config, wrapped)
+        _set_schedule_functions(config, chunk.config, wrapped, before_exchange)
     return wrapped
 
 
-def _set_schedule_functions(config: Config, shape, wrapped: list[DistributedDataParallel]) -> None:
+def _set_schedule_functions(
+    config: Config, shape, wrapped: list[DistributedDataParallel], before_exchange: Callable[[], None]
+) -> None:
     """What megatron's schedules call: one function with one chunk, a list of them with several."""
 
     def each(name: str):
         functions = [getattr(chunk, name) for chunk in wrapped]
         return functions if len(functions) > 1 else functions[0]
 
-    shape.finalize_model_grads_func = finalize_model_grads
+    def exchange(*args, **settings):
+        before_exchange()
+        return finalize_model_grads(*args, **settings)
+
+    shape.finalize_model_grads_func = exchange
     if config.parallel.overlap_grad_reduce:
         shape.no_sync_func = each("no_sync")
         shape.grad_sync_func = each("start_grad_sync")
@@ -158,11 +169,14 @@ def apply_settings(config: Config, optimizer: MegatronOptimizer) -> None:
 
 
 @torch.no_grad()
-def update(optimizer: MegatronOptimizer, clip: float) -> tuple[float, bool]:
-    """Clips and applies the gradients unless their norm is not finite. Returns (norm before clipping, applied)."""
+def update(optimizer: MegatronOptimizer, clip: float, wanted: bool = True) -> tuple[float, bool]:
+    """Clips and applies the gradients if that is `wanted` and their norm is finite.
+
+    Returns (norm before clipping, applied).
+    """
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())
-    if not math.isfinite(norm):
+    if not (wanted and math.isfinite(norm)):
         return norm, False
     if clip > 0:
         for part in _parts(optimizer):

@@ -3,20 +3,27 @@
 Every rank has a thread that says each second, in a store that all ranks share, what its rank is doing. The thread goes
 on while the rank waits for others, but not when the process is stopped, dead or unreachable. A rank that fails leaves a
 note there, and the others end when they read it.
+
+It is also the hang watchdog: a rank that has made no progress for too long finds out who keeps it waiting and leaves
+that as a note; every rank then writes the Python stacks of all its threads and ends, to be started again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import queue
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
+
+from tidar_mega.config import LostError
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -24,14 +31,17 @@ if TYPE_CHECKING:
 PERIOD_SECONDS = 1.0  # between two words of a rank
 SURVEY_SECONDS = 3.0  # a rank that says nothing for so long is missing
 GRACE_SECONDS = 4.0  # for an answer of the store, and for a rank to end by itself once another has failed
+_OWN_THREADS = ("roll call", "watchdog")
 
 
 @dataclass(frozen=True)
 class Place:
-    """What a rank said last. `beat` grows as long as it lives."""
+    """What a rank said last. All ranks come to the same places in turn, `count` is how many; `beat` grows as long as
+    it lives."""
 
     step: int
     doing: str
+    count: int = 0
     beat: int = 0
 
     def __str__(self) -> str:
@@ -45,6 +55,7 @@ class Note:
     rank: int
     code: int
     text: str
+    stacks: bool = False  # every rank is to say where in its code it is
 
     def consequence(self, rank: int) -> str:
         return f"[rank {rank}] ended because rank {self.rank} had failed: {self.text}"
@@ -57,49 +68,58 @@ class Survey:
     places: dict[int, Place | None]
     silent: set[int]
 
-    def blame(self, here: Place) -> str | None:
-        """Who keeps the others waiting `here`, and where; None if all are where they should be."""
+    def blame(self) -> str | None:
+        """Who keeps the others waiting, and where; None if all answer from the same place."""
         if self.silent:
             last = "; ".join(
                 f"rank {r} was last heard of at {self.places[r] or 'no step'}" for r in sorted(self.silent)
             )
             return f"{_ranks(self.silent)} did not take part: stopped, dead or unreachable; {last}"
-        elsewhere = {rank: place for rank, place in self.places.items() if str(place) != str(here)}
-        if elsewhere:
-            now = "; ".join(f"rank {rank} is still at {place}" for rank, place in sorted(elsewhere.items()))
-            return f"{_ranks(elsewhere)} did not take part: {now}"
+        far = {rank: (place.step, place.count) if place else (-1, -1) for rank, place in self.places.items()}
+        behind = {rank: self.places[rank] for rank in far if far[rank] < max(far.values())}
+        if behind:
+            now = "; ".join(f"rank {rank} is still at {place}" for rank, place in sorted(behind.items()))
+            return f"{_ranks(behind)} did not take part: {now}"
         return None
 
 
 class RollCall:
-    """This rank's end of the shared store. Only its thread talks to the store, which may never answer.
+    """This rank's end of the shared store. One thread talks to the store, which may never answer; another one does not.
 
-    With `warn_seconds`, a rank that is so long at one place says who is missing, for a backend that will not raise.
+    A rank that is at one place for `hang_seconds` (see `progress`) ends the run.
     """
 
     def __init__(
-        self, rank: int, world_size: int, connect: Callable[[], Store], warn_seconds: float = float("inf")
+        self, rank: int, world_size: int, connect: Callable[[], Store], hang_seconds: float = float("inf")
     ) -> None:
         self.rank = rank
         self.world_size = world_size
         self.ending = False  # the main thread has met an error, and will end this process
         self._connect = connect
-        self._warn_seconds = warn_seconds
-        self._place, self._since, self._warned = Place(0, "starting"), time.monotonic(), False
+        self._hang_seconds = hang_seconds
+        self._place, self._since = Place(0, "starting"), time.monotonic()
         self._beat = 0
         self._note: Note | None = None  # the first that any rank has left, and when this one saw it
         self._noted_at = 0.0
+        self._told_stacks = False
         self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=_OWN_THREADS[0], daemon=True)
+        self._watchdog = threading.Thread(target=self._watch, name=_OWN_THREADS[1], daemon=True)
         self._thread.start()
+        self._watchdog.start()
 
     @property
     def place(self) -> Place:
         return self._place
 
     def at(self, step: int, doing: str) -> None:
-        """Called before whatever waits for other ranks; costs nothing."""
-        self._place, self._since, self._warned = Place(step, doing), time.monotonic(), False
+        """Called on all ranks in the same order, before whatever waits for other ranks; costs nothing."""
+        self._place, self._since = Place(step, doing, self._place.count + 1), time.monotonic()
+
+    def progress(self) -> None:
+        """Called inside of what may take long at one place."""
+        self._since = time.monotonic()
 
     def ask(self) -> Note | Survey | None:
         """The first note that a rank has left, else where all ranks are; None where the store does not answer."""
@@ -112,7 +132,10 @@ class RollCall:
 
     def stop(self) -> None:
         self._requests.put(None)
+        self._stopped.set()
         self._thread.join(GRACE_SECONDS)
+        self._watchdog.join(GRACE_SECONDS)
+        faulthandler.cancel_dump_traceback_later()
 
     def _request(self, seconds: float, action: Callable):
         request = _Request(action)
@@ -127,8 +150,8 @@ class RollCall:
             store = self._connect()
             while True:
                 self._speak(store)
-                self._end_after_another()
-                self._warn_if_stuck(store)
+                if self._is_stuck():
+                    self._blame(store)
                 with contextlib.suppress(queue.Empty):
                     request = self._requests.get(timeout=PERIOD_SECONDS)
                     if request is None:
@@ -136,30 +159,57 @@ class RollCall:
                     request.result = request.action(store)
                     request.done.set()
 
+    def _watch(self) -> None:
+        """The watchdog's own thread."""
+        while not self._stopped.wait(PERIOD_SECONDS):
+            if self._hang_seconds < float("inf"):
+                # a rank that hangs in C code with Python's lock stops this thread, too: then C writes its stacks
+                faulthandler.dump_traceback_later(self._hang_seconds, file=sys.__stderr__)
+            if self._is_stuck(SURVEY_SECONDS + GRACE_SECONDS):  # for the other thread, which has the store to ask
+                self._blame(None)
+            self._end_after_note()
+
     def _speak(self, store: Store) -> None:
         self._beat += 1
-        words = Place(self._place.step, self._place.doing, self._beat)
+        words = replace(self._place, beat=self._beat)
         store.set(f"place {self.rank}", json.dumps(asdict(words)))
         if self._note is None:
             self._note, self._noted_at = _first_note(store), time.monotonic()
 
-    def _end_after_another(self) -> None:
-        """Once another rank has failed, this one may notice by itself, or wait for it in vain."""
+    def _end_after_note(self) -> None:
+        """Once a rank has failed, the others may notice by themselves, or wait for it in vain."""
         note = self._note
-        if note is None or note.rank == self.rank or self.ending:
+        if note is None or self.ending:
             return
-        if time.monotonic() - self._noted_at > GRACE_SECONDS:
-            say(note.consequence(self.rank))
+        if note.stacks and not self._told_stacks:
+            self._told_stacks = True
+            say(stacks(self.rank))
+        grace = GRACE_SECONDS if self.rank else GRACE_SECONDS + 2 * PERIOD_SECONDS  # rank 0 may hold the store
+        if time.monotonic() - self._noted_at > grace:
+            if note.rank != self.rank:
+                say(note.consequence(self.rank))
             os._exit(note.code)
 
-    def _warn_if_stuck(self, store: Store) -> None:
-        here = self._place
-        if self._warned or time.monotonic() - self._since < self._warn_seconds:
-            return
-        self._warned = True
-        blame = self._survey(store).blame(here)
-        if blame and store.add(f"warned at {here}", 1) == 1:
-            say(f"[rank {self.rank}] warning: waiting for {self._warn_seconds:.0f} s at {here}: {blame}")
+    def _is_stuck(self, more_seconds: float = 0.0) -> bool:
+        waited = time.monotonic() - self._since
+        return waited > self._hang_seconds + more_seconds and self._note is None and not self.ending
+
+    def _blame(self, store: Store | None) -> None:
+        """Leaves a note of who keeps this rank waiting; where the store does not answer, rank 0 that holds it."""
+        since = self._since
+        gone = "rank 0 did not take part, and the store that it holds does not answer"
+        blame = self._survey(store).blame() if store else gone
+        if since != self._since or self._note is not None:
+            return  # it went on meanwhile, or all has been said
+        text = (
+            f"no progress for {self._hang_seconds / 60:g} minutes (health.hang_minutes) at {self._place}: "
+            f"{blame or 'all ranks answer, so look at the network and the disk'}; the stacks of all ranks are in their "
+            "logs; the same command resumes from the newest checkpoint"
+        )
+        note = Note(self.rank, LostError.exit_code, text, stacks=True)
+        self._note, self._noted_at = (_leave(store, note) if store else note), time.monotonic()
+        if self._note.rank == self.rank:
+            say(f"[rank {self.rank}] error: {text}")
 
     def _survey_unless_noted(self, store: Store) -> Note | Survey:
         return _first_note(store) or self._survey(store)
@@ -185,6 +235,15 @@ class _Request:
         self.action = action
         self.result = None
         self.done = threading.Event()
+
+
+def stacks(rank: int) -> str:
+    """Where every Python thread of this process is, the main one last, as it is what matters most."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    frames = {k: f for k, f in sys._current_frames().items() if names.get(k) not in _OWN_THREADS}
+    order = sorted(frames, key=lambda k: k == threading.main_thread().ident)
+    parts = [f"[rank {rank}] thread {names.get(k, k)}:\n{''.join(traceback.format_stack(frames[k]))}" for k in order]
+    return f"[rank {rank}] the stacks of all threads, newest call last:\n" + "".join(parts)
 
 
 def say(text: str) -> None:

@@ -6,7 +6,7 @@ Shape suffixes: B sequences, T rows, N weighted rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -39,6 +39,7 @@ class Task:
     method: Method
     chunks: list[DistributedDataParallel]
     token_bytes: Tensor  # utf-8 bytes of each id, for nats per byte
+    progress: Callable[[], None] = lambda: None  # called with each forward of a micro-batch
 
 
 def micro_batches(task: Task, stream: Stream, first: int, count: int) -> Iterator[Rows]:
@@ -121,11 +122,14 @@ def validate(task: Task, stream: Stream, sequences: int) -> dict[str, float]:
     return summarise(task, sums)
 
 
-def accumulate_gradients(task: Task, batch: list[Rows]) -> Sums:
-    """Forward and backward of a step's micro-batches. Returns sums over all ranks."""
+def accumulate_gradients(task: Task, batch: list[Rows], begin: Callable[[], None] = lambda: None) -> Sums:
+    """Forward and backward of a step's micro-batches. Returns sums over all ranks. `begin` is called once all have met,
+    before this rank's first forward."""
     for chunk in task.chunks:
         chunk.zero_grad_buffer()
-    return _run_schedule(task, *normalise(task, batch), forward_only=False)
+    weighted = normalise(task, batch)
+    begin()
+    return _run_schedule(task, *weighted, forward_only=False)
 
 
 def _run_schedule(task: Task, batch: list[Rows], drafts: DraftTerms, forward_only: bool) -> Sums:
@@ -133,6 +137,7 @@ def _run_schedule(task: Task, batch: list[Rows], drafts: DraftTerms, forward_onl
     sums: Sums = {}
 
     def forward_step(iterator: Iterator[tuple[Rows, Part]], chunk: DistributedDataParallel):
+        task.progress()
         rows, part = next(iterator)
         part = part.to(device.device())
         hidden_TBD = chunk(rows=part.rows, context=_context(task)(part, _backend(task)))

@@ -1,0 +1,54 @@
+"""`tidar evaluate`: one checkpoint by real decoding of held-out text. `watch.py` does it for each new one of a run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from tidar_mega.data.stream import open_stream
+from tidar_mega.decode import trace
+from tidar_mega.decode.load import Loaded, load_engine
+from tidar_mega.decode.requests import Commit, Generation
+from tidar_mega.evaluation.acceptance import held_out_prompts, summarise
+from tidar_mega.evaluation.likelihood import held_out_loss
+from tidar_mega.evaluation.watch import FILE
+
+# (run folder, step, figures, accepted lengths, picture of a decode)
+Draw = Callable[[Path, int, dict[str, float], list[int], np.ndarray], None]
+
+
+def run(args: argparse.Namespace, draw: Draw) -> dict:
+    """The checkpoint's step, its `held_out_loss`, and what `acceptance.summarise` says; also as a line of FILE in the
+    run folder and, by `draw`, as pictures. Raises UserError."""
+    loaded = load_engine(args.checkpoint, ["decode.outcomes=all", *args.overrides])
+    data = loaded.config.data
+    stream = open_stream(data.path, "validation", data.seq_length, loaded.config.train.seed)
+    prompts = held_out_prompts(stream, args.prompts, args.prompt_tokens)
+    fused, ar, commits = _decode(loaded, prompts, args.max_tokens)
+    step = int(loaded.checkpoint.name.removeprefix("step_"))
+    figures = held_out_loss(loaded.engine, stream, loaded.tokenizer.token_bytes, args.sequences)
+    figures |= summarise(loaded.engine.block, fused, ar)
+    if loaded.mesh.is_main:
+        with (loaded.run_folder / FILE).open("a") as file:
+            file.write(json.dumps({"step": step, **figures}) + "\n")
+        numbers = {name: value for name, value in figures.items() if isinstance(value, float)}
+        picture = trace.picture(commits, loaded.tokenizer.decode)
+        draw(loaded.run_folder, step, numbers, figures["acceptance_histogram"], picture)
+        said = " | ".join(f"{name} {value:.4f}" for name, value in numbers.items())
+        print(f"evaluation of step {step} | {said}", flush=True)
+    return {"step": step, **figures}
+
+
+def _decode(
+    loaded: Loaded, prompts: Sequence[Sequence[int]], most: int
+) -> tuple[list[Generation], list[Generation], list[Commit]]:
+    """(fused, AR, what each forward of the first fused one gave)"""
+    base = replace(loaded.params, max_tokens=most)
+    params = [base.for_request(i) for i in range(len(prompts))]
+    fused, ar = (loaded.engine.generate(prompts, params, mode) for mode in ("fused", "ar"))
+    return fused, ar, list(loaded.engine.stream(prompts[0], params[0]))

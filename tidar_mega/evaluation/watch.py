@@ -1,0 +1,62 @@
+"""`tidar evaluate RUN --watch`: each new checkpoint of a run that goes on, each in a process of its own."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tidar_mega.config import UserError
+
+FILE = "evaluations.jsonl"  # in the run folder, one line for each evaluation
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prompts", type=int, default=16, help="held-out prompts")
+    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--max-tokens", type=int, default=64, help="longest continuation")
+    parser.add_argument("--sequences", type=int, default=64, help="held-out sequences for the loss")
+    parser.add_argument("--watch", action="store_true", help="each new checkpoint, until the run is finished")
+    parser.add_argument("--period", type=float, default=30.0, help="seconds between two looks of --watch")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Returns once the last checkpoint of a finished run is evaluated. What an earlier watch has done is not done
+    again. Raises UserError."""
+    folder = args.checkpoint
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder}: there is no such run folder; --watch needs one, it may still be without checkpoints"
+        )
+    while True:
+        done, found = _steps_done(folder), sorted((folder / "checkpoints").glob("step_*"))
+        missing = [path for path in found if int(path.name.removeprefix("step_")) not in done]
+        if missing:
+            _evaluate(missing[0], args)
+        elif _is_finished(folder):
+            print(f"{folder} is finished, and its last checkpoint is evaluated", flush=True)
+            return
+        else:
+            time.sleep(args.period)
+
+
+def _evaluate(path: Path, args: argparse.Namespace) -> None:
+    options = [f"--{n}={getattr(args, n.replace('-', '_'))}" for n in ("prompts", "prompt-tokens", "max-tokens")]
+    words = ["evaluate", str(path), *options, f"--sequences={args.sequences}", *args.overrides]
+    code = subprocess.run([sys.executable, "-P", "-u", "-m", "tidar_mega.cli", *words]).returncode
+    if code and path.is_dir():  # else it was deleted under its hands (checkpoint.keep_last)
+        raise UserError(f"the evaluation of {path} ended with code {code}, see above; the same command goes on there")
+
+
+def _steps_done(folder: Path) -> set[int]:
+    path = folder / FILE
+    return {json.loads(line)["step"] for line in path.read_text().splitlines()} if path.exists() else set()
+
+
+def _is_finished(folder: Path) -> bool:
+    """Whether the marker is there that a run leaves at its end, and the checkpoint that it names was not missing."""
+    marker = folder / "finished.json"
+    return marker.exists() and json.loads(marker.read_text())["step"] in _steps_done(folder)
