@@ -87,7 +87,7 @@ class Tidar:
         return {
             "slot_count": count.double(),
             "slot_correct": correct.double(),
-            "accepted_lengths": torch.bincount(accepted_BG[whole_BG] - 1, minlength=self.block).double(),
+            "accepted_lengths": torch.bincount(accepted_BG[whole_BG] - 1, minlength=self.block + ahead).double(),
         }
 
     def summary(self, sums: dict[str, Tensor]) -> dict[str, float]:
