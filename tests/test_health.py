@@ -20,7 +20,8 @@ from tidar_mega.train.health import spike
 from tidar_mega.train.stragglers import OwnWork
 
 # Python runs this at the start of every process that has it on its path. On the first signal a rank becomes slow, on
-# the second its weights, and so its losses, become others.
+# the second its weights, and so its losses, become others: at the start of a module's forward, as an optimizer that is
+# about to hand out the weights would undo it.
 HARM = """
 import gc, signal, time
 
@@ -32,8 +33,14 @@ def slow(*_):
     weights()[0].register_hook(lambda gradient: time.sleep(0.3))
 
 def other(*_):
-    for weight in weights():
-        weight.data.mul_(4)
+    from torch.nn.modules.module import register_module_forward_pre_hook
+
+    def harm(*_):
+        once.remove()
+        for weight in weights():
+            weight.data.mul_(16)
+
+    once = register_module_forward_pre_hook(harm)
 
 signal.signal(signal.SIGRTMIN, slow)
 signal.signal(signal.SIGRTMIN + 1, other)
@@ -99,7 +106,7 @@ def test_a_run_tells_of_a_slow_rank_and_of_a_spike_and_leaves_its_update_out(tmp
     (tmp_path / "run.yaml").write_text(CONFIG)
     (tmp_path / "harm").mkdir()
     (tmp_path / "harm" / "sitecustomize.py").write_text(HARM)
-    settings = ("run_dir=run", "train.steps=60", "health.skip_spikes=true", "checkpoint.interval=1000")
+    settings = ("run_dir=run", "train.steps=90", "health.skip_spikes=true", "checkpoint.interval=1000")
     process = subprocess.Popen(
         command("pretrain", "run.yaml", *settings),
         cwd=tmp_path,
@@ -123,7 +130,7 @@ def test_a_run_tells_of_a_slow_rank_and_of_a_spike_and_leaves_its_update_out(tmp
     said = process.communicate(timeout=300)[0]
     assert process.returncode == 0, said
     assert "standard deviations above the recent mean" in said and "update skipped (health.skip_spikes)" in said
-    last = metrics(tmp_path, "run")[60]
+    last = metrics(tmp_path, "run")[90]
     assert 1 <= last["spikes"] <= 5 and last["skipped_steps"] == 0
     assert "warning: slow against the median of the ranks" in said and "rank 1 on" in said
     assert last["slowest_rank"] == 1 and last["rank_seconds_slowest"] > 0.3 * 2, (
