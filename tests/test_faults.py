@@ -26,21 +26,25 @@ pytestmark = [
 DOCS = ROOT / "docs" / "faults.md"
 INTERVAL = 5  # steps between checkpoints
 # Python runs this at the start of every process that has it on its path. On a signal, the gradient of one weight of
-# that rank becomes NaN, by a hook of torch: in one backward, or in all that come.
+# that rank becomes NaN, by a hook of torch: in one backward, or in all that come. On another, its backwards take long.
 NAN = """
-import gc, signal
+import gc, signal, time
+
+def hook(action):
+    import torch
+    weight = next(o for o in gc.get_objects() if isinstance(o, torch.nn.Parameter) and o.dim() == 2)
+    weight.register_hook(action)
 
 def spoil(backwards):
-    import torch
     left = [backwards]
-    def hook(gradient):
+    def action(gradient):
         left[0] -= 1
         return gradient * float("nan") if left[0] >= 0 else gradient
-    weight = next(o for o in gc.get_objects() if isinstance(o, torch.nn.Parameter) and o.dim() == 2)
-    weight.register_hook(hook)
+    hook(action)
 
 signal.signal(signal.SIGRTMIN, lambda *_: spoil(1))
 signal.signal(signal.SIGRTMIN + 1, lambda *_: spoil(10**9))
+signal.signal(signal.SIGRTMIN + 2, lambda *_: hook(lambda gradient: time.sleep(0.5)))
 """
 TABLE: dict[str, tuple[str, int, str, int]] = {}  # fault -> (what becomes of the job, restarts, steps lost, minutes)
 
@@ -120,6 +124,7 @@ def test_a_slurmd_killed(work, unharmed):
     harmed = Harmed(work, "node_lost")
     cluster, folder = ROOT / "tests" / "slurm" / "cluster.sh", Path(os.environ["TIDAR_SLURM_FOLDER"])
     orphan = harmed.rank(1)
+    orphan.send_signal(signal.SIGRTMIN + 2)  # the run must go on for longer than SlurmdTimeout
     killed(psutil.Process(int((folder / "pid" / "slurmd.2").read_text())))
     soon(lambda: restarted(harmed.job) == 1, 240)
     soon(lambda: not orphan.is_running() or orphan.status() == psutil.STATUS_ZOMBIE, 60)

@@ -23,10 +23,11 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).parent.parent
+# Steps of a tenth of a second or more, so that what is done to a run in its middle finds it there.
 CONFIG = """
 model: {num_layers: 2, hidden_size: 64, ffn_hidden_size: 128, num_attention_heads: 4, num_query_groups: 2}
 data: {path: corpus, seq_length: 64}
-train: {steps: 30, global_batch_size: 8, micro_batch_size: 2, block: 4, eval_interval: 0, eval_sequences: 8}
+train: {steps: 30, global_batch_size: 64, micro_batch_size: 2, block: 4, eval_interval: 0, eval_sequences: 8}
 optimizer: {lr: 3.0e-3, warmup_steps: 2, schedule: constant}
 precision: {dtype: fp32}
 checkpoint: {interval: 5}
