@@ -187,13 +187,13 @@ def test_a_job_that_makes_no_progress_is_not_started_for_ever(work):
 
 def test_a_node_that_fails_the_preflight_is_named_and_excluded_from_the_requeue(work):
     """Files of the second node may not grow to the size of the writing test."""
-    (work / "limited").mkdir()
+    (work / "small_files").mkdir()
     limit = "import os, resource\nif os.environ.get('SLURMD_NODENAME') == '127.0.0.12':\n"
     limit += "    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, 1 << 19))\n"
-    (work / "limited" / "sitecustomize.py").write_text(limit)
-    env = (work / "slurm" / "env.sh").read_text() + "export PYTHONPATH=$PYTHONPATH:$PWD/limited\n"
-    (work / "slurm" / "limited.sh").write_text(env)
-    job = sbatch(work, "run_dir=badnode", options=(*TWO_TASKS, "--export=ALL,TIDAR_ENV=slurm/limited.sh"))
+    (work / "small_files" / "sitecustomize.py").write_text(limit)
+    env = (work / "slurm" / "env.sh").read_text() + "export PYTHONPATH=$PYTHONPATH:$PWD/small_files\n"
+    (work / "slurm" / "small_files.sh").write_text(env)
+    job = sbatch(work, "run_dir=badnode", options=(*TWO_TASKS, "--export=ALL,TIDAR_ENV=slurm/small_files.sh"))
     soon(lambda: slurm.show(job).get("ExcNodeList") == "127.0.0.12")
     assert restarted(job) == 1
     subprocess.run(["scancel", job], check=True)  # there is no third node that it could take
