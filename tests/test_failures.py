@@ -155,6 +155,7 @@ def test_the_watchdog_names_the_rank_that_hangs_and_shows_all_stacks(work, numbe
         stack = told.split("[rank 1] the stacks of all threads")[1]
         assert re.search(r"sitecustomize.py\", line 3, in <lambda>", stack), told
     if number == signal.SIGRTMIN + 1:  # it cannot say so in Python
+        assert "Timeout (" in told, told
         stack = told.split("Timeout (")[1]
         assert re.search(r"sitecustomize.py\", line 4 in <lambda>", stack), told
     assert code == LostError.exit_code and 24 <= seconds < 90

@@ -346,7 +346,10 @@ def test_print_config_is_a_config(work):
 REFUSED = {
     "an unknown key": (["pretrain", "run.yaml", "train.stepz=3"], "did you mean train.steps"),
     "no config": (["pretrain", "none.yaml"], "none.yaml does not exist"),
-    "no method": (["pretrain", "run.yaml", "method=none", "run_dir=x1"], "method = none: must be one of ar, block_diffusion"),
+    "no method": (
+        ["pretrain", "run.yaml", "method=none", "run_dir=x1"],
+        "method = none: must be one of ar, block_diffusion",
+    ),
     "no corpus": (["pretrain", "run.yaml", "data.path=none", "run_dir=x2"], "none"),
     "another shape": (["pretrain", "run.yaml", "run_dir=whole", "train.steps=20", "model.num_layers=3"], "num_layers"),
     "another optimizer": (

@@ -161,10 +161,12 @@ class RollCall:
 
     def _watch(self) -> None:
         """The watchdog's own thread."""
-        while not self._stopped.wait(PERIOD_SECONDS):
+        while True:
             if self._hang_seconds < float("inf"):
                 # a rank that hangs in C code with Python's lock stops this thread, too: then C writes its stacks
                 faulthandler.dump_traceback_later(self._hang_seconds, file=sys.__stderr__)
+            if self._stopped.wait(PERIOD_SECONDS):
+                return
             if self._is_stuck(SURVEY_SECONDS + GRACE_SECONDS):  # for the other thread, which has the store to ask
                 self._blame(None)
             self._end_after_note()
