@@ -22,7 +22,11 @@ def test_every_method_has_drafts_as_long_and_as_many_rows_in_a_step():
     rows = {name: c.train.global_batch_size * sequence_work(c).rows for name, c in found.items()}
     layers = shared.model.num_layers
     # half of the rows of ssmd go through all layers but the last, the other half through that one
-    through = {name: n * layers / 2 if name == "ssmd" else n * layers for name, n in rows.items()}
+    passes = {
+        "ssmd": layers / 2,
+        "mtp": 2 * layers / (1 + layers),
+    }  # of mtp, S rows go through the layers and each depth
+    through = {name: n * passes.get(name, layers) for name, n in rows.items()}
     assert set(through.values()) == {shared.train.global_batch_size * 2 * shared.data.seq_length * layers}
     assert len({c.run_dir for c in found.values()}) == len(found)
 
@@ -39,11 +43,22 @@ def test_methods_are_trained_decoded_and_put_side_by_side(tmp_path):
     text = CONFIG.replace("seq_length: 64", "seq_length: 60").replace("parallel: {data: 2}", "parallel: {data: 1}")
     (tmp_path / "run.yaml").write_text(text)
     few = ["--prompts", "2", "--prompt-tokens", "16", "--max-tokens", "8", "--samples", "2"]
-    named = ["--methods", "ar", "tidar_left_to_right", "idlm", "ssmd", "--json", "found.json", "--plot", "found.png"]
+    named = [
+        "--methods",
+        "ar",
+        "mtp",
+        "tidar_left_to_right",
+        "idlm",
+        "ssmd",
+        "--json",
+        "found.json",
+        "--plot",
+        "found.png",
+    ]
     said = tidar(tmp_path, "bench", "methods", "run.yaml", "train.steps=6", *few, *named)
     found = json.loads((tmp_path / "found.json").read_text())["methods"]
-    assert list(found) == ["ar", "tidar_left_to_right", "idlm", "ssmd"]
-    for name in ("ar", "tidar_left_to_right", "idlm"):
+    assert list(found) == ["ar", "mtp", "tidar_left_to_right", "idlm", "ssmd"]
+    for name in ("ar", "mtp", "tidar_left_to_right", "idlm"):
         figures = found[name]
         assert figures["identical_to_ar"] == 1 and figures["tokens_per_forward"] >= 1
         assert figures["validation_loss_ar"] > 0 and figures["training_flops_per_token"] > 0

@@ -30,6 +30,7 @@ from tidar_mega.methods.idlm import IntrospectiveDiffusion
 from tidar_mega.model.attention import TrainingAttention
 from tidar_mega.model.gpt import build
 from tidar_mega.model.inference import InferenceModel
+from tidar_mega.parallel.context import whole
 from tidar_mega.parallel.mesh import build_mesh
 from tidar_mega.rows import PADDING, Rows, concatenate, visible, visible_pairs
 
@@ -227,7 +228,7 @@ def trained(world, text):  # noqa: F811
     return model
 
 
-def train(model, method, text, steps: int, length: int = 126) -> float:  # noqa: F811
+def train(model, method, text, steps: int, length: int = 126, context=TrainingAttention) -> float:  # noqa: F811
     """Plain training of whatever is trainable; the last loss."""
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.05)
@@ -237,7 +238,7 @@ def train(model, method, text, steps: int, length: int = 126) -> float:  # noqa:
             group["lr"] = 4e-3 * min(1, step / 20) * (1.02 - step / steps)
         at_B = torch.randint(len(pieces) - length, (8,), generator=draw)
         rows = method.training_rows(rows_of_text(pieces[at_B[:, None] + torch.arange(length)]), at_B)
-        hidden_TBD = model(rows=rows, context=TrainingAttention(rows, "dense"))
+        hidden_TBD = model(rows=rows, context=context(whole(rows), "dense"))
         losses = cross_entropy(hidden_TBD, model.head_weight, rows, None, 4096)
         optimizer.zero_grad()
         (losses.total / len(losses.loss)).backward()

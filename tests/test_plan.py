@@ -240,6 +240,36 @@ def test_masked_diffusion_and_its_causal_block_are_counted():
     assert counter.get_total_flops() == pytest.approx(expected + in_vain, rel=1e-9)
 
 
+@pytest.mark.parametrize("tie", [False, True])
+def test_multi_token_prediction_is_counted(tie):
+    """Parameters and operations of the real model; a dense mask computes all pairs."""
+    from tidar_mega import methods
+    from tidar_mega.losses import cross_entropy
+    from tidar_mega.model.multi_token import MultiTokenAttention
+    from tidar_mega.parallel.context import whole
+    from tidar_mega.plan.work import attention_flops
+    from tidar_mega.rows import visible_pairs
+
+    shape = {"attention": "dense", "tie_embeddings": tie}
+    config = config_module.override(settings(shape), ["method=mtp", "model.mtp_num_layers=2"])
+    _, (model,) = start(config)
+    vocab, layers = layout_of(config).vocab, config.model.num_layers + 2
+    counted = sum(p.numel() for p in model.parameters())
+    assert layout_of(config).parameters(0) == total_parameters(config, vocab) == counted
+    rows = methods.load(config, MASK).training_rows(clean_rows(1), torch.arange(1))
+    work = sequence_work(config)
+    assert (rows.shape[1], visible_pairs(rows)) == (work.rows, work.pairs)
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+    ):
+        hidden = model(rows=rows, context=MultiTokenAttention(whole(rows), "dense", 2))
+        cross_entropy(hidden, model.head_weight, rows, None, 64).total.backward()
+    expected = training_flops(config, vocab, work.rows, work.pairs, int((rows.weight > 0).sum()))
+    in_vain = 3 * layers * attention_flops(config, LENGTH**2 - LENGTH * (LENGTH + 1) / 2)
+    assert counter.get_total_flops() == pytest.approx(expected + in_vain, rel=1e-9)
+
+
 # pipeline
 
 

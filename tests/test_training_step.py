@@ -123,7 +123,9 @@ def full_gradient(name: str, parts: list[torch.Tensor]) -> torch.Tensor:
     if "linear_fc1" in name:  # [gate; up] per rank
         halves = [p.chunk(2) for p in parts]
         return torch.cat([h[0] for h in halves] + [h[1] for h in halves])
-    if any(part in name for part in ("linear_qkv", "word_embeddings", "output_layer", "causal_input.tokens")):
+    if any(
+        part in name for part in ("linear_qkv", "word_embeddings", "output_layer", "causal_input.tokens", "eh_proj")
+    ):
         return torch.cat(parts)
     if "linear_proj" in name or "linear_fc2" in name:
         return torch.cat(parts, dim=1)

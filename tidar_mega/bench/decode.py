@@ -259,6 +259,9 @@ class _Timed:
     def logits(self, hidden_ND):
         return self._count(lambda: self.model.logits(hidden_ND))
 
+    def depth(self, *args):
+        return self._count(lambda: self.model.depth(*args))
+
     def _count(self, action):
         self._wait()
         started = time.perf_counter()

@@ -31,6 +31,7 @@ from tidar_mega.plan.work import sequence_work, through_layers
 _POSITION, _FOCAL, _CHAIN = "train.position_weight=1", "train.focal_weight=0.3", "train.chain_weight=0.1"
 METHODS: dict[str, tuple[str, ...]] = {
     "ar": ("method=ar",),
+    "mtp": ("method=mtp",),
     "block_diffusion": ("method=block_diffusion",),
     "tidar": ("method=tidar",),
     "tidar_position": ("method=tidar", _POSITION),
@@ -77,11 +78,14 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def _config(shared: Config, name: str, seed: int, runs: Path) -> Config:
-    """With drafts as long, and as many rows through the layers in a step, as TiDAR has by the shared config."""
+    """With drafts of masks as long, and as many rows through the layers of a step, as TiDAR by the shared config."""
     own = [*METHODS[name], f"train.seed={seed}", f"run_dir={runs / name}_{seed}"]
+    if "method=mtp" in own:  # with as many depths as layers, S rows go through either, as TiDAR's 2S through the layers
+        own.append(f"model.mtp_num_layers={shared.model.num_layers}")
     config = config_module.override(shared, own)
-    masks = shared.train.block - (draft_length(config) - config.train.block)
-    config = config_module.override(config, [f"train.block={masks}"])
+    if config.drafts_blocks:
+        masks = shared.train.block - (draft_length(config) - config.train.block)
+        config = config_module.override(config, [f"train.block={masks}"])
     rows = shared.train.global_batch_size * _layer_rows(config_module.override(shared, ["method=tidar"]))
     return config_module.override(config, [f"train.global_batch_size={round(rows / _layer_rows(config))}"])
 
@@ -89,7 +93,7 @@ def _config(shared: Config, name: str, seed: int, runs: Path) -> Config:
 def draft_length(config: Config) -> int:
     """Tokens of a draft of the block that a method was trained with: masks may predict places behind their own."""
     drafter = methods.load(config, mask_id=0).drafter
-    return config.train.block + (drafter.ahead if drafter else 0)
+    return drafter.length(config.train.block) if drafter else config.train.block
 
 
 def _layer_rows(config: Config) -> float:
@@ -139,10 +143,11 @@ def _decoded(config: Config, args: argparse.Namespace) -> dict:
         "--max-tokens",
         str(args.max_tokens),
     )
-    drafts = ("--blocks", str(draft_length(config)), "--outcomes", "all", "auto", "--temperatures", "0", "1")
+    outcomes = ("all",) if config.has_depths else ("all", "auto")  # layers draft behind the actual outcome alone
+    drafts = ("--blocks", str(draft_length(config)), "--outcomes", *outcomes, "--temperatures", "0", "1")
     _tidar("bench", "decode", config.run_dir, *text, *drafts, "--batches", "1", "--no-peers", "--json", str(path))
     found = json.loads(path.read_text())
-    auto = {r["temperature"]: r["speedup_vs_ar"] for r in found["settings"] if r.get("outcomes") == "auto"}
+    auto = {r["temperature"]: r["speedup_vs_ar"] for r in found["settings"] if r.get("outcomes") == outcomes[-1]}
     names = ("tokens_per_forward", "tokens_per_forward_sampled", "distinct_4gram_sampled", "identical_to_ar")
     return {**{name: found[name] for name in names}, "speedup_vs_ar": auto[0.0], "speedup_vs_ar_sampled": auto[1.0]}
 

@@ -48,6 +48,8 @@ _ZERO_OR_MORE = (
     "train.focal_weight",
     "train.chain_weight",
     "train.clean_weight",
+    "train.mtp_loss_scaling_factor",
+    "model.mtp_num_layers",
     "lora.rank",
     "health.hang_minutes",
     "health.straggler_factor",
@@ -123,6 +125,8 @@ def _check_shapes(config: Config) -> None:
     if config.has_causal_block:
         allowed = f"2 or more with method = {config.method}, whose last layer verifies what the others draft"
         _require(m.num_layers > 1, "model.num_layers", m.num_layers, allowed)
+    allowed = "1 or more with method = mtp" if config.has_depths else f"0 with method = {config.method}"
+    _require((m.mtp_num_layers > 0) == config.has_depths, "model.mtp_num_layers", m.mtp_num_layers, allowed)
     for key, value in {
         "model.num_attention_heads": m.num_attention_heads,
         "model.num_query_groups": m.num_query_groups,
@@ -145,6 +149,8 @@ def _check_parallel(config: Config) -> None:
         _require(
             (length + drafted) % p.tensor == 0, "data.seq_length", length, allowed, "or change train.draft_fraction"
         )
+    if config.has_depths:  # megatron-core 0.16 cannot hand our attention's context through it
+        _require(p.recompute != "full", "parallel.recompute", "full", "none or selective with method = mtp")
     parts = p.pipeline * p.virtual_pipeline
     allowed = f"a multiple of parallel.pipeline x parallel.virtual_pipeline ({p.pipeline} x {p.virtual_pipeline})"
     _require(m.num_layers % parts == 0, "model.num_layers", m.num_layers, allowed)

@@ -24,6 +24,7 @@ class ModelConfig:
     init_std: float = 0.02
     vocab_multiple: int = 64  # the vocabulary is padded to a multiple of this, for tensor parallel splits
     attention: str = "auto"  # auto | dense | tiles | flex
+    mtp_num_layers: int = 0  # method mtp: layers behind the backbone that draft a token each
 
     @property
     def head_width(self) -> int:
@@ -46,6 +47,7 @@ class TrainConfig:
     block: int = 4  # masks of a block: the draft length (B), AR's own token counted by method tidar, not by idlm
     alpha: float = 1.0  # loss = (alpha * CE_AR + CE_draft) / (1 + alpha)
     clean_weight: float = 0.2  # method idlm: loss = CE_draft + clean_weight * CE_AR
+    mtp_loss_scaling_factor: float = 0.1  # method mtp: loss = CE_AR + this * mean CE of the depths; megatron's default
     balance_clean: bool = False  # and with stopgrad(CE_draft / CE_AR) in its place, for one forward more in each step
     draft_fraction: float = 1.0  # share of the blocks of a sequence that are drafted in a step
     random_offset: bool = False  # shift the block starts of each sequence by a random 0..block-1
@@ -209,7 +211,7 @@ class Config:
     @property
     def drafts_blocks(self) -> bool:
         """Whether a training forward has blocks of mask rows (train.block, draft_fraction) beside the clean rows."""
-        return self.method not in ("ar", "masked_diffusion", "ssmd")
+        return self.method not in ("ar", "mtp", "masked_diffusion", "ssmd")
 
     @property
     def is_left_to_right(self) -> bool:
@@ -220,3 +222,13 @@ class Config:
     def has_causal_block(self) -> bool:
         """Whether the last layer is causal in a random order of the places (arXiv 2510.03929)."""
         return self.method == "ssmd"
+
+    @property
+    def has_depths(self) -> bool:
+        """Whether layers of multi-token prediction stand behind the backbone (arXiv 2412.19437)."""
+        return self.method == "mtp"
+
+    @property
+    def rows_per_place(self) -> int:
+        """Rows that leave the last layers for each one that the backbone's first layer takes."""
+        return 1 + self.model.mtp_num_layers if self.has_depths else 1 + self.has_causal_block

@@ -85,6 +85,11 @@ class Engine:
                 raise UserError(f"{name} = {value}: must be 1 or more")
         if capacity < 2:
             raise UserError(f"capacity = {capacity}: must be 2 or more, a prompt token and a new one")
+        if drafter.depths and block > 1 + drafter.depths:
+            raise UserError(
+                f"block = {block}: must be at most {1 + drafter.depths}, AR's own token and one of each of the model's "
+                f"{drafter.depths} layers of multi-token prediction"
+            )
         self.model, self.specials, self.replicas = model, specials, replicas
         self.block, self.capacity, self.batch, self.prefill_chunk = block, capacity, batch, prefill_chunk
         self.drafter = drafter
@@ -94,7 +99,7 @@ class Engine:
         self.cache = PagedCache(model.layer_numbers, heads, width, pages, page, model.dtype, model.device)
         forbidden = [specials.pad, specials.mask, *range(specials.vocab_size, model.vocab * model.tensor.size())]
         self.forwards = Forwards(model, self.cache, specials.mask, forbidden)
-        if cuda_graphs and model.device.type == "cuda":
+        if cuda_graphs and model.device.type == "cuda" and not drafter.depths:
             self.forwards.recorder = Recorder(self.forwards, self.cache.pages_of(capacity + block - 1))
         self._drafts_all = self.policy.most == Drafting.of(block, "all", drafter)
         self.waiting: deque[Request] = deque()
@@ -102,7 +107,9 @@ class Engine:
 
     def choose_outcomes(self, latency: Latency) -> None:
         """From now on the fastest draft length up to `block` and outcomes, by the machine's latency curve, for however
-        many requests run."""
+        many requests run. Raises UserError for layers of multi-token prediction, which have no outcomes to choose."""
+        if self.drafter.depths:
+            raise UserError("outcomes = auto: multi-token prediction drafts behind the actual outcome; use all")
         self.policy = Automatic(self.block, latency, self.drafter)
         self._drafts_all = True
 
@@ -215,7 +222,8 @@ class Engine:
                 continue
             plan, tokens, drawn = blocks.turn(r, self.block, budget) if r.mode == "blocks" else self._turn(r, budget)
             budget -= len(tokens) if r.prompt_left else 0
-            turns.append((r, Work(plan, tokens, r.slots, r.length, r.params, r.proposal_SV, drawn)))
+            following = r.prompt[r.length + len(tokens)] if r.prompt_left > len(tokens) else None
+            turns.append((r, Work(plan, tokens, r.slots, r.length, r.params, r.proposal_SV, drawn, following)))
         return turns
 
     def _turn(self, request: Request, budget: int) -> tuple[Plan, Sequence[int], Sequence[int | None]]:
@@ -275,6 +283,12 @@ class Engine:
         if self.drafter.ahead and (mode == "blocks" or params.rule == "mixed"):
             asked = "mode = blocks" if mode == "blocks" else f"beta = {params.beta}"
             raise UserError(f"{asked}: this model's masks predict the next place; use mode = fused and beta = 1")
+        if self.drafter.depths and (mode == "blocks" or params.rule != "coupled"):
+            asked = f"beta = {params.beta}" if params.rule == "mixed" else f"acceptance = {params.rule}"
+            raise UserError(
+                f"{'mode = blocks' if mode == 'blocks' else asked}: layers of multi-token prediction draft; use mode = "
+                "fused, beta = 1 and acceptance = coupled"
+            )
         stops = {self.specials.eod} if params.stop_tokens is None else set(params.stop_tokens)
         limit = min(params.max_tokens, self.capacity - len(prompt))
         request = Request(number, prompt, params, mode, limit, frozenset(stops), decode)

@@ -24,6 +24,7 @@ from torch import Tensor
 from tidar_mega.decode.approximate import denoise, mixed
 from tidar_mega.decode.cache import PagedAttention, PagedCache, Part, Slots
 from tidar_mega.decode.flex import FlexPagedAttention
+from tidar_mega.decode.multi_token import Speculator
 from tidar_mega.decode.rejection import rejection
 from tidar_mega.decode.rules import Decision, coupled
 from tidar_mega.decode.sampling import Sampling, SamplingParams
@@ -44,6 +45,7 @@ class DecodingModel(Protocol):
     device: torch.device
     dtype: torch.dtype
     vocab: int  # logits of this tensor-parallel rank
+    depths: Sequence  # layers that draft (`multi_token.py`)
     tensor: dist.ProcessGroup
     pipeline: dist.ProcessGroup
 
@@ -90,6 +92,7 @@ class Plan:
 class Work:
     """What one request wants of a forward: its plan, the tokens of the clean rows, and where its rows are kept.
 
+    following    the token behind a piece of a prompt that is not the last
     drawn        tokens that stand in the slots of a denoising plan already; None is a mask
     proposal_SV  the logits that the drafted tokens behind the first were drawn from; only the rejection rule keeps them
     """
@@ -101,6 +104,7 @@ class Work:
     params: SamplingParams
     proposal_SV: Tensor | None = None
     drawn: Sequence[int | None] = ()
+    following: int | None = None
 
 
 @dataclass(frozen=True)
@@ -177,6 +181,7 @@ class Forwards:
         self.model, self.cache, self.mask_id, self.forbidden = model, cache, mask_id, tuple(forbidden)
         self.device = model.device
         self.attention = FlexPagedAttention if self.device.type == "cuda" else PagedAttention
+        self.speculator = Speculator(model, cache, self.attention) if model.depths else None
         self.recorder: Recorder | None = None  # of forwards that come again and again; the engine knows its bounds
         # what the requests of the last forwards had in common is not made again
         self.rows_of = functools.lru_cache(maxsize=32)(self._rows_of)
@@ -207,6 +212,8 @@ class Forwards:
                 empty.append([Result(plan.clean, [], []) for _ in batch])
             first += len(batch) * plan.rows
         decisions = None if hidden_T1D is None else self.decide(hidden_T1D[:, 0], groups)
+        if decisions is not None and self.speculator:
+            decisions = self.speculator.draft(hidden_T1D[:, 0], batches, groups, decisions)
         chosen, others = iter(self._share(groups, decisions)), iter(empty)
         return [next(chosen if batch[0].plan.choices else others) for batch in batches]
 

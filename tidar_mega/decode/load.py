@@ -106,21 +106,22 @@ def load_engine(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     tokenizer = Tokenizer.load(checkpoint / "tokenizer")
     model, d = InferenceModel(load_model(checkpoint, config, mesh)), config.decode
     drafter = methods.load(config, tokenizer.mask).drafter
+    outcomes = "all" if drafter.depths and d.outcomes == "auto" else d.outcomes
     engine = Engine(
         model,
         tokenizer,
-        d.block or config.train.block + drafter.ahead,
+        d.block or drafter.length(config.train.block),
         d.capacity,
         batch=d.batch,
         prefill_chunk=d.prefill_chunk,
-        outcomes="all" if d.outcomes == "auto" else d.outcomes,
+        outcomes="all" if outcomes == "auto" else outcomes,
         cache_tokens=d.cache_tokens,
         replicas=mesh.data if mesh.data_size > 1 else None,
         cuda_graphs=d.cuda_graphs,
         drafter=drafter,
     )
     loaded = Loaded(engine, tokenizer, config, checkpoint, mesh)
-    if d.outcomes == "auto":
+    if outcomes == "auto":
         engine.choose_outcomes(loaded.latency())
     return loaded
 

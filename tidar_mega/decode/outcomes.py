@@ -34,6 +34,8 @@ class Drafting:
     @classmethod
     def of(cls, block: int, outcomes: str | Sequence[int], drafter: Drafter = IN_PLACE) -> Drafting:
         """`outcomes`: all, last, none or a list of numbers 1..block. Raises UserError."""
+        if drafter.depths:  # they draft behind the one actual outcome, whatever it is
+            return cls(block, (), drafter)
         named = {"all": range(1, block + 1), "last": (block,), "none": ()}
         if isinstance(outcomes, str):
             if outcomes not in named:
@@ -60,6 +62,8 @@ class Drafting:
         return self._plan(draft, draft, tuple(o for o in self.outcomes if o <= draft))
 
     def _plan(self, clean: int, choosing: int, outcomes: tuple[int, ...]) -> Plan:
+        if self.drafter.depths and self.block > 1:  # these follow a prompt from its start
+            return Plan(clean, choosing, (), self.block, drafter=self.drafter)
         if self.block == 1 or not choosing:  # nothing is drafted
             return Plan(clean, choosing, drafter=self.drafter)
         return Plan(clean, choosing, outcomes, self.block, drafter=self.drafter)

@@ -34,14 +34,21 @@ class Term:
 
 @dataclass(frozen=True)
 class Drafter:
-    """How a method's masks draft in decoding, in a group behind an outcome (`tidar.py`, `decoding_rows`).
+    """How a method drafts in decoding: by masks, in a group behind an outcome (`tidar.py`, `decoding_rows`), or by
+    layers of its own, behind the actual outcome (`mtp.py`).
 
     ahead            a mask predicts the token so many places behind its own: 0 its own, 1 the next (shifted labels)
     causal_in_group  a mask sees those masks of its group alone that stand before it
+    depths           layers that draft, one token each; 0: masks do
     """
 
     ahead: int = 0
     causal_in_group: bool = False
+    depths: int = 0
+
+    def length(self, block: int) -> int:
+        """Tokens of a draft, AR's own counted, of a model that was trained with `block` masks."""
+        return 1 + self.depths if self.depths else block + self.ahead
 
 
 IN_PLACE = Drafter()  # TiDAR's: masks of a group see one another and predict their own places

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tidar_mega.model import rope
 from tidar_mega.model.attention import TrainingAttention
 from tidar_mega.model.norm import Norm
-from tidar_mega.parallel.context import Part, gather_states, halves
+from tidar_mega.parallel.context import Part, copies, gather_states
 from tidar_mega.rows import place_before
 
 
@@ -33,7 +33,7 @@ class AnyOrderAttention:
     layers but the last, and of the others for that one."""
 
     def __init__(self, part: Part, backend: str) -> None:
-        first, self.part = halves(part)
+        first, self.part = copies(part, 2)
         self.noncausal = TrainingAttention(first, backend)
         # in a random order there are no tiles to leave out, and every sequence would need a plan of its own
         self.causal = TrainingAttention(self.part, "dense" if backend == "tiles" else backend)

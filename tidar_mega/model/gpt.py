@@ -24,7 +24,8 @@ from tidar_mega.device import has_cuda
 from tidar_mega.model import lora, rope
 from tidar_mega.model.any_order import AnyOrderAttention
 from tidar_mega.model.attention import AttentionContext
-from tidar_mega.model.spec import block_spec, set_weight, transformer_config
+from tidar_mega.model.multi_token import MultiTokenAttention
+from tidar_mega.model.spec import block_spec, multi_token_spec, set_weight, transformer_config
 from tidar_mega.rows import Rows
 
 
@@ -56,6 +57,14 @@ class HybridGPT(GPTModel):
             return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
         return copy_to_tensor_model_parallel_region(hidden)
 
+    def _in_order(self, hidden_TBD: Tensor, copies: int) -> Tensor:
+        """Hidden states of several rows for each place, one copy of all places behind the other: with sequence
+        parallelism, each rank gave its places of the first copy, then those of the next."""
+        if not (self.post_process and self.config.sequence_parallel):
+            return hidden_TBD
+        ranks = self.pg_collection.tp.size()
+        return hidden_TBD.unflatten(0, (ranks, copies, -1)).transpose(0, 1).flatten(0, 2)
+
     @property
     def head_weight(self) -> Tensor:
         """Output weights of this rank's slice of the vocabulary, [V, D]."""
@@ -86,11 +95,7 @@ class AnyOrderGPT(HybridGPT):
     def forward(self, rows: Rows, context: AnyOrderAttention) -> Tensor:
         """As in HybridGPT, for the 2S rows of `methods/ssmd.py`: the layers before the last run the first half, the
         last one makes the states of the other, [2S, B, D]."""
-        hidden = super().forward(rows.slice(0, rows.shape[1] // 2), context)
-        if not (self.post_process and self.config.sequence_parallel):
-            return hidden
-        ranks = self.pg_collection.tp.size()  # each rank gave its rows of the first half, then those of the second
-        return hidden.unflatten(0, (ranks, 2, -1)).transpose(0, 1).flatten(0, 2)
+        return self._in_order(super().forward(rows.slice(0, rows.shape[1] // 2), context), copies=2)
 
     def noncausal(self, rows: Rows, context: AttentionContext) -> Tensor:
         """Hidden states behind the layers before the last, [S, B, D], of S rows; whole model in this process."""
@@ -107,6 +112,50 @@ class AnyOrderGPT(HybridGPT):
     def speak(self, hidden_NBD: Tensor) -> Tensor:
         """Logits of either kind of hidden states, [N, B, V]."""
         return self.logits(self.decoder.final_layernorm(hidden_NBD))
+
+
+class MultiTokenGPT(HybridGPT):
+    """The backbone with megatron-core's block of multi-token prediction behind it (DeepSeek-V3, arXiv 2412.19437).
+
+    megatron rolls the tokens of a sequence by one for each depth, across documents and between context-parallel ranks.
+    Here the rows of a depth say which tokens they take (`methods/mtp.py`): its embedding gives these, nothing is sent.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        for layer in self.mtp.layers if self.mtp_process else ():
+            layer.cp_group = None  # what it would exchange, the rows say
+
+    def forward(self, rows: Rows, context: MultiTokenAttention) -> Tensor:
+        """As in HybridGPT, for the rows of all depths: the backbone runs the first S, and each depth S more."""
+        copies = 1 + self.config.mtp_num_layers
+        return self._in_order(super().forward(rows.slice(0, rows.shape[1] // copies), context), copies)
+
+    def _postprocess(
+        self,
+        hidden_states: Tensor,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        rotary_pos_emb: Tensor,
+        extra_block_kwargs: dict,
+        **_,
+    ) -> Tensor:
+        if not self.mtp_process:
+            return hidden_states
+        tokens = iter(extra_block_kwargs["attention_bias"].tokens)
+
+        def embedding(**_) -> Tensor:
+            return self.embedding(input_ids=next(tokens), position_ids=position_ids)
+
+        return self.mtp(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            hidden_states=hidden_states,
+            attention_mask=None,
+            rotary_pos_emb=rotary_pos_emb,
+            embedding=embedding,
+            extra_block_kwargs=extra_block_kwargs,
+        )
 
 
 def build(config: Config, vocab_size: int, training: bool = True) -> list[HybridGPT]:
@@ -129,9 +178,12 @@ def _chunk(config: Config, shape: TransformerConfig, vocab_size: int, vp_stage: 
     ids, base = padded_vocab_size(config, vocab_size), config.model.rotary_base
     post_process = rank == last and vp_stage in (None, config.parallel.virtual_pipeline - 1)
     causal = {"vocab_size": ids, "rotary_base": base} if config.has_causal_block and post_process else None
-    return (AnyOrderGPT if config.has_causal_block else HybridGPT)(
+    spec = block_spec(shape, vp_stage, config.lora, causal)
+    kind = AnyOrderGPT if config.has_causal_block else MultiTokenGPT if config.has_depths else HybridGPT
+    return kind(
         config=shape,
-        transformer_layer_spec=block_spec(shape, vp_stage, config.lora, causal),
+        transformer_layer_spec=spec,
+        mtp_block_spec=multi_token_spec(shape, spec, vp_stage) if config.has_depths else None,
         vocab_size=ids,
         max_sequence_length=config.data.seq_length,
         pre_process=rank == 0 and vp_stage in (None, 0),
@@ -151,7 +203,7 @@ def initialise(chunks: list[HybridGPT], seed: int) -> None:
     constants that it gives them.
     """
     for chunk in chunks:
-        if chunk.pre_process:
+        if chunk.pre_process or chunk.mtp_process:  # the depths of multi-token prediction have the embedding, too
             _draw(chunk.embedding.word_embeddings.weight, chunk, seed, "word_embeddings")
         if chunk.post_process:
             name = "word_embeddings" if chunk.share_embeddings_and_output_weights else "output_layer"
@@ -161,6 +213,10 @@ def initialise(chunks: list[HybridGPT], seed: int) -> None:
                 if weight.dim() == 2:
                     draw = _draw_adapter if lora.is_adapter(name) else _draw
                     draw(weight, chunk, seed, f"layer {layer.layer_number} {name}")
+        for depth in chunk.mtp.layers if chunk.mtp_process else ():
+            for name, weight in depth.named_parameters():
+                if weight.dim() == 2:
+                    _draw(weight, chunk, seed, f"depth {depth.layer_number} {name}")
 
 
 def _draw(weight: Tensor, chunk: HybridGPT, seed: int, name: str) -> None:

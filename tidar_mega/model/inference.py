@@ -31,7 +31,8 @@ class InferenceModel:
     dtype       of the weights and of all activations; device  where they are
     tensor      tensor-parallel group; pipeline  pipeline group
     vocab       logits of this tensor-parallel rank; key_heads  its key heads
-    layer_numbers  of this pipeline stage, from 1
+    layer_numbers  of this pipeline stage, from 1; the depths' come behind the backbone's
+    depths  the layers of multi-token prediction, on the stage that has them; else empty
     """
 
     def __init__(self, model: HybridGPT) -> None:
@@ -44,9 +45,10 @@ class InferenceModel:
         self.is_first, self.is_last = model.pre_process, model.post_process
         self.has_adapters = model.has_adapters
         self.layers = [_Layer(layer, self.tensor) for layer in model.decoder.layers]
-        self.layer_numbers = [layer.number for layer in self.layers]
+        self.depths = [_Depth(depth, self.tensor) for depth in model.mtp.layers] if model.mtp_process else []
+        self.layer_numbers = [layer.number for layer in (*self.layers, *(depth.layer for depth in self.depths))]
         self.key_heads = self.layers[0].key_heads
-        if self.is_first:
+        if self.is_first or self.depths:
             self.embedding = model.embedding.word_embeddings.weight.detach()
             self.first_id = self.tensor.rank() * self.vocab
         if self.is_last:
@@ -63,6 +65,13 @@ class InferenceModel:
             return self.final_norm(hidden_TBD)
         dist.send(hidden_TBD, group=self.pipeline, group_dst=self.pipeline.rank() + 1)
         return None
+
+    def depth(
+        self, depth: int, state_TD: Tensor, token_T: Tensor, position_T: Tensor, context: AttentionContext
+    ) -> Tensor:
+        """What depth 1.. makes of the states of the depth before and of the tokens that follow, [T, D]."""
+        rotation, tokens_T1D = self._rotation(position_T[None]), self._embed(token_T[None])
+        return self.depths[depth - 1](state_TD[:, None], tokens_T1D, rotation, context)[:, 0]
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Logits over this rank's slice of the vocabulary, [N, V], float32 (float64 of float64 states)."""
@@ -154,6 +163,24 @@ class _Layer:
         if self.group.size() > 1:
             dist.all_reduce(x_TBD, group=self.group)
         return x_TBD
+
+
+class _Depth:
+    """A layer of megatron-core's multi-token prediction, of a tensor-parallel rank."""
+
+    def __init__(self, depth, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.token_norm, self.state_norm = _Norm(depth.enorm), _Norm(depth.hnorm)
+        self.join, self.norm = _Linear(depth.eh_proj.weight), _Norm(depth.final_layernorm)
+        self.layer = _Layer(depth.transformer_layer, group)
+
+    def __call__(self, state_TBD: Tensor, token_TBD: Tensor, rotation: tuple, context: AttentionContext) -> Tensor:
+        joined_TBD = self.join(torch.cat([self.token_norm(token_TBD), self.state_norm(state_TBD)], dim=-1))
+        if self.group.size() > 1:
+            parts = [torch.empty_like(joined_TBD) for _ in range(self.group.size())]
+            dist.all_gather(parts, joined_TBD, group=self.group)
+            joined_TBD = torch.cat(parts, dim=-1)
+        return self.norm(self.layer(joined_TBD, rotation, context, None))
 
 
 class _Norm:

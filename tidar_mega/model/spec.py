@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import gpt_layer_specs
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -69,6 +70,7 @@ def _shape(config: Config) -> dict:
         "init_method_std": m.init_std,
         # megatron keeps layers of one kind as one tensor on disk, and the causal layer is of another
         "hetereogenous_dist_checkpoint": config.has_causal_block,
+        "mtp_num_layers": m.mtp_num_layers if config.has_depths else None,
     }
 
 
@@ -144,6 +146,17 @@ def block_spec(
     if causal is not None:
         layers[-1] = ModuleSpec(module=CausalLayer, params={**layer.params, **causal}, submodules=layer.submodules)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=Norm)
+
+
+def multi_token_spec(
+    shape: BackboneConfig, backbone: TransformerBlockSubmodules, vp_stage: int | None = None
+) -> MultiTokenPredictionBlockSubmodules | None:
+    """The layers of multi-token prediction, each around one like the backbone's last; None but on the last stage."""
+    engine = shape.transformer_impl == "transformer_engine"
+    block = gpt_layer_specs.get_gpt_mtp_block_spec(shape, backbone, use_transformer_engine=engine, vp_stage=vp_stage)
+    for layer in block.layer_specs if block else ():
+        layer.submodules.enorm = layer.submodules.hnorm = layer.submodules.layer_norm = Norm
+    return block
 
 
 def _local_layer(shape: BackboneConfig) -> ModuleSpec:

@@ -97,35 +97,38 @@ def split(rows: Rows, group: dist.ProcessGroup | None, block: int, multiple: int
     return Part(mine, keys, places, clean // ranks, group)
 
 
-def split_halves(rows: Rows, group: dist.ProcessGroup | None, multiple: int = 1) -> Part:
-    """As `split`, for 2S rows of which S and S are of the same places (`methods/ssmd.py`): the first S are dealt, and
-    each rank computes the other rows of its places, too. `halves` takes the part apart again."""
+def split_copies(rows: Rows, group: dist.ProcessGroup | None, count: int, multiple: int = 1) -> Part:
+    """As `split`, for rows that are S places `count` times (`methods/ssmd.py`, `methods/mtp.py`): the first S are
+    dealt, and each rank computes the other rows of its places, too. `copies` takes the part apart again."""
     if group is None or group.size() == 1:
         return whole(rows)
-    size = rows.shape[1] // 2
-    first, second = split(rows.slice(0, size), group, 1, multiple), rows.slice(size, 2 * size)
-    mine = _take(second, first.index)
-    keys = concatenate([second, mine.slice(first.clean, mine.shape[1])], dim=1)
-    places = first.places.where(first.places == EMPTY, first.places + size)
+    size = rows.shape[1] // count
+    first = split(rows.slice(0, size), group, 1, multiple)
+    parts = [first]
+    for start in range(size, rows.shape[1], size):
+        copy = rows.slice(start, start + size)
+        mine = _take(copy, first.index)
+        keys = concatenate([copy, mine.slice(first.clean, mine.shape[1])], dim=1)
+        parts.append(Part(mine, keys, first.places.where(first.places == EMPTY, first.places + start), first.clean))
     return Part(
-        concatenate([first.rows, mine], dim=1),
-        concatenate([first.keys, keys], dim=1),
-        torch.cat([first.places, places], dim=2),
+        concatenate([part.rows for part in parts], dim=1),
+        concatenate([part.keys for part in parts], dim=1),
+        torch.cat([part.places for part in parts], dim=2),
         first.clean,
         group,
     )
 
 
-def halves(part: Part) -> tuple[Part, Part]:
-    """The two parts of S places each that `split_halves` has put together; keys of both travel alike."""
-    rows, keys, size = part.rows.shape[1] // 2, part.keys.shape[1] // 2, int(part.places.max() + 1) // 2
+def copies(part: Part, count: int) -> list[Part]:
+    """The parts of S places each that `split_copies` has put together; keys of all travel alike."""
+    rows, keys, size = part.rows.shape[1] // count, part.keys.shape[1] // count, int(part.places.max() + 1) // count
     parts = []
-    for i in (0, 1):
+    for i in range(count):
         places = part.places[:, :, i * rows : (i + 1) * rows]
         own = part.rows.slice(i * rows, (i + 1) * rows)
         seen = own if part.group is None else part.keys.slice(i * keys, (i + 1) * keys)
         parts.append(Part(own, seen, places.where(places == EMPTY, places - i * size), part.clean, part.group))
-    return tuple(parts)
+    return parts
 
 
 def deal(rows: Rows, clean: int, ranks: int, slots: int) -> Tensor:

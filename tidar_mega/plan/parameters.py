@@ -17,6 +17,11 @@ def causal_input_parameters(config: Config) -> int:
     return 3 * config.model.hidden_size**2 if config.has_causal_block else 0
 
 
+def depth_parameters(config: Config) -> int:
+    """Weights of one layer of multi-token prediction that are multiplied with every row."""
+    return layer_parameters(config) + 2 * config.model.hidden_size**2
+
+
 def head_parameters(config: Config, vocab_size: int) -> int:
     return config.model.hidden_size * vocab_size
 
@@ -42,11 +47,21 @@ def total_parameters(config: Config, vocab: int) -> int:
     layer = layer_parameters(config) + norm_parameters(config) + bias_parameters(config)
     tables = (1 if config.model.tie_embeddings else 2) + config.has_causal_block
     own = config.model.num_layers * layer + causal_input_parameters(config) + _causal_norms(config)
+    own += _depths(config) * (layer + depth_parameters(config) - layer_parameters(config) + _depth_norms(config))
     return own + config.model.hidden_size + tables * head_parameters(config, vocab)
 
 
 def _causal_norms(config: Config) -> int:
     return 2 * config.model.hidden_size if config.has_causal_block else 0
+
+
+def _depths(config: Config) -> int:
+    return config.model.mtp_num_layers if config.has_depths else 0
+
+
+def _depth_norms(config: Config) -> int:
+    """Beside those of its layer: of the state, of the token, and the last."""
+    return 3 * config.model.hidden_size
 
 
 def stage_parameters(config: Config, vocab: int, stage: int) -> int:
@@ -67,4 +82,9 @@ def stage_parameters(config: Config, vocab: int, stage: int) -> int:
         total += m.hidden_size + (0 if is_same_table else table)
         if config.has_causal_block:
             total += causal_input_parameters(config) + _causal_norms(config) + table
+        split = depth_parameters(config) + bias_parameters(config)
+        norms = norm_parameters(config) + _depth_norms(config)
+        total += _depths(config) * (split // p.tensor + norms)
+        if config.has_depths and not is_first and not m.tie_embeddings:
+            total += table  # a copy of the embedding
     return total

@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tidar_mega.config import Config
-from tidar_mega.plan.parameters import causal_input_parameters, head_parameters, layer_parameters
+from tidar_mega.plan.parameters import (
+    causal_input_parameters,
+    depth_parameters,
+    head_parameters,
+    layer_parameters,
+)
 
 ATTENTION_TILE = 128  # FlexAttention computes whole tiles of so many queries and keys (`model/attention.py`)
 
@@ -37,6 +42,8 @@ def sequence_work(config: Config) -> Work:
     length, block, drafted = config.data.seq_length, config.train.block, drafted_rows(config)
     if not config.is_left_to_right:
         return _any_to_any_work(config)
+    if config.has_depths:
+        return _multi_token_work(config)
     tile = min(ATTENTION_TILE, length)
     unseen = (block - 1) / 2 if config.method == "idlm" else 0
     masked = (block + 1) / (2 * block) if config.method == "block_diffusion" else 1  # others have no loss
@@ -47,6 +54,14 @@ def sequence_work(config: Config) -> Work:
         tile_pairs=below + own,
         head_rows=length + round(drafted * masked),
     )
+
+
+def _multi_token_work(config: Config) -> Work:
+    """S causal rows in the backbone, and S more in each depth, which see what those see."""
+    length, layers = config.data.seq_length, config.model.num_layers
+    copies, tile = config.rows_per_place, min(ATTENTION_TILE, config.data.seq_length)
+    seen = (layers + copies - 1) / layers * length * (length + tile) / 2  # as if the depths' were the backbone's
+    return Work(length * copies, copies * length * (length + 1) / 2, seen, length * copies)
 
 
 def _any_to_any_work(config: Config) -> Work:
@@ -60,10 +75,14 @@ def _any_to_any_work(config: Config) -> Work:
 def through_layers(config: Config, rows: float, pairs: float) -> tuple[float, float]:
     """Rows and visible pairs of a forward, added up over all layers.
 
+    With multi-token prediction, a share of the rows and pairs goes through all layers, the others through a depth each.
     With a causal block, half of the rows go through all layers but the last, the others through that one. Documents of
     D rows have D^2 pairs in the former and D (D + 1) / 2 in the latter, which says how many of `pairs` are where.
     """
     layers = config.model.num_layers
+    if config.has_depths:
+        per_row = (layers + config.model.mtp_num_layers) / config.rows_per_place
+        return rows * per_row, pairs * per_row
     if not config.has_causal_block:
         return rows * layers, pairs * layers
     noncausal = (2 * pairs - rows / 2) / 3
@@ -72,8 +91,11 @@ def through_layers(config: Config, rows: float, pairs: float) -> tuple[float, fl
 
 def _dense_flops(config: Config, layer_rows: float) -> float:
     """Forward of all matrices but the head, for rows added up over the layers."""
-    once = 2 * causal_input_parameters(config) * layer_rows / config.model.num_layers
-    return 2 * layer_parameters(config) * layer_rows + once
+    m, layer = config.model, layer_parameters(config)
+    if config.has_depths:
+        share = m.mtp_num_layers / (m.num_layers + m.mtp_num_layers)
+        return 2 * (layer + share * (depth_parameters(config) - layer)) * layer_rows
+    return 2 * layer * layer_rows + 2 * causal_input_parameters(config) * layer_rows / m.num_layers
 
 
 def attention_flops(config: Config, pairs: float) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -22,8 +23,9 @@ from tidar_mega.losses import DraftTerms, RowLosses, cross_entropy, draft_sums
 from tidar_mega.methods import Method, Term
 from tidar_mega.model import precision
 from tidar_mega.model.any_order import AnyOrderAttention
-from tidar_mega.model.attention import TrainingAttention, choose_backend
-from tidar_mega.parallel.context import Part, restore, split, split_halves, whole
+from tidar_mega.model.attention import AttentionContext, TrainingAttention, choose_backend
+from tidar_mega.model.multi_token import MultiTokenAttention
+from tidar_mega.parallel.context import Part, restore, split, split_copies, whole
 from tidar_mega.parallel.mesh import Mesh
 from tidar_mega.rows import PADDING, Rows, concatenate, visible_pairs
 
@@ -171,18 +173,20 @@ def _part(task: Task, rows: Rows) -> Part:
     """The rows that this rank of the context group computes."""
     if task.mesh.context.size() == 1:
         return whole(rows)
-    if task.config.has_causal_block:
-        return split_halves(rows, task.mesh.context, precision.row_multiple(task.config))
+    if task.config.rows_per_place > 1:
+        return split_copies(rows, task.mesh.context, task.config.rows_per_place, precision.row_multiple(task.config))
     return split(rows, task.mesh.context, task.config.train.block, precision.row_multiple(task.config))
 
 
-def _context(task: Task) -> type:
+def _context(task: Task) -> Callable[[Part, str], AttentionContext]:
+    if task.config.has_depths:
+        return partial(MultiTokenAttention, depths=task.config.model.mtp_num_layers)
     return AnyOrderAttention if task.config.has_causal_block else TrainingAttention
 
 
 def _backbone_rows(task: Task, part: Part) -> int:
-    """Rows of a sequence that pass from layer to layer; those of a causal block are made in it."""
-    return part.rows.shape[1] // (2 if task.config.has_causal_block else 1)
+    """Rows of a sequence that pass from layer to layer; those of a causal block or of depths are made in the last."""
+    return part.rows.shape[1] // task.config.rows_per_place
 
 
 def _whole(task: Task, losses: RowLosses, rows: Rows, part: Part) -> tuple[Rows, RowLosses]:
