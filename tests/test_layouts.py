@@ -235,7 +235,7 @@ def save_and_go_on(rank: int, config: config_module.Config, folder: Path):
 
 
 def load_and_go_on(rank: int, config: config_module.Config, path: Path):
-    from tidar_mega.train.loop import resume
+    from tidar_mega.train.resume import resume
 
     trainer = Trainer(config)
     resume(path, config, trainer.stream, trainer.state)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +11,9 @@ import torch
 
 from tidar_mega import device, methods, plan
 from tidar_mega.checkpoint import state as checkpoint_state
-from tidar_mega.checkpoint import store
-from tidar_mega.checkpoint.base import SHAPE, Base
+from tidar_mega.checkpoint.base import Base
 from tidar_mega.checkpoint.state import Progress, TrainState
-from tidar_mega.checkpoint.store import CheckpointError, CheckpointStore
+from tidar_mega.checkpoint.store import CheckpointStore
 from tidar_mega.config import Config, UserError, to_tree
 from tidar_mega.data.stream import Stream, open_stream
 from tidar_mega.model import gpt
@@ -23,6 +21,7 @@ from tidar_mega.parallel.mesh import Mesh
 from tidar_mega.train import optim
 from tidar_mega.train.health import StopRequest, anywhere, spike
 from tidar_mega.train.metrics import MetricsLog
+from tidar_mega.train.resume import lock_folder, resume
 from tidar_mega.train.roll_call import RollCall
 from tidar_mega.train.step import Sums, Task, accumulate_gradients, micro_batches, summarise, validate
 from tidar_mega.train.stragglers import OwnWork
@@ -92,7 +91,7 @@ class Run:
     def start(cls, config: Config, mesh: Mesh, roll_call: RollCall | None = None) -> Run:
         """Opens the data, builds the model and, if the run folder has a checkpoint, goes on from it; else begins from
         `train.init_from` or from random weights."""
-        lock = mesh.on_main(lambda: _lock(Path(config.run_dir)))
+        lock = mesh.on_main(lambda: lock_folder(Path(config.run_dir)))
         stream, held_out = (
             open_stream(config.data.path, split, config.data.seq_length, config.train.seed)
             for split in ("train", "validation")
@@ -255,63 +254,6 @@ class Speed:
         self.steps += 1
         for name in ("tokens", "rows", "pairs", "head_rows"):
             setattr(self, name, getattr(self, name) + float(sums[f"count.{name}"]))
-
-
-def _lock(folder: Path) -> TextIO:
-    """Held until this process ends: two runs in one folder would delete each other's checkpoints. Raises UserError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
-    except OSError as error:
-        raise UserError(
-            f"run_dir = {folder}: cannot be written ({error.strerror}); set it to a folder that can"
-        ) from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(f"run_dir = {folder}: another run is using it; wait for it, end it, or set another") from None
-    return lock
-
-
-def resume(path: Path, config: Config, stream: Stream, state: TrainState, base: Base | None = None) -> None:
-    """Fills `state` from the checkpoint at `path`; CheckpointError if that is damaged or of other data or shape, or
-    holds adapters of another `base`."""
-    meta = store.read_meta(path)
-    if meta["data_fingerprint"] != stream.fingerprint:
-        raise CheckpointError(
-            f"data.path = {config.data.path}: its index or tokenizer is not the one that {path} was trained on; "
-            "give back that corpus, or set another run_dir to start anew"
-        )
-    saved = store.saved_config(meta)
-    for section, names in _FIXED.items():
-        for name in names:
-            was, now = (getattr(getattr(c, section), name) for c in (saved, config))
-            if was != now:
-                raise CheckpointError(
-                    f"{section}.{name} = {now}: the checkpoint {path} was made with {was}; "
-                    "set it back, or set another run_dir to start anew"
-                )
-    if base is not None:
-        base.check_adapters(path, meta)
-    same_layout = _layout(saved) == _layout(config)
-    checkpoint_state.restore(state, store.load(path, checkpoint_state.template(state, same_layout)))
-    optim.apply_settings(config, state.optimizer)
-    state.scheduler.step(0)
-
-
-def _layout(config: Config) -> tuple[int, int]:
-    return config.parallel.pipeline, config.parallel.tensor
-
-
-# Settings that a resume must not change: the shape of the weights and the meaning of the global sample index.
-_FIXED = {
-    "model": SHAPE,
-    "lora": ["rank", "alpha", "targets"],
-    "data": ["seq_length"],
-    "train": ["seed"],
-    "precision": ["dtype"],
-    "parallel": ["distributed_optimizer"],
-}
 
 
 def _describe(
