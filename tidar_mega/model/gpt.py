@@ -216,6 +216,7 @@ def initialise(chunks: list[HybridGPT], seed: int) -> None:
         for depth in chunk.mtp.layers if chunk.mtp_process else ():
             for name, weight in depth.named_parameters():
                 if weight.dim() == 2:
+                    name = name.replace("mtp_model_layer", "transformer_layer")  # as until megatron-core 0.16
                     _draw(weight, chunk, seed, f"depth {depth.layer_number} {name}")
 
 

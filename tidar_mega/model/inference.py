@@ -172,7 +172,10 @@ class _Depth:
         self.group = group
         self.token_norm, self.state_norm = _Norm(depth.enorm), _Norm(depth.hnorm)
         self.join, self.norm = _Linear(depth.eh_proj.weight), _Norm(depth.final_layernorm)
-        self.layer = _Layer(depth.transformer_layer, group)
+        # its name until megatron-core 0.16, and since
+        layer = depth.transformer_layer if hasattr(depth, "transformer_layer") else depth.mtp_model_layer
+        self.layer = _Layer(layer, group)
+        self.layer.number = layer.config.num_layers + depth.layer_number  # megatron-core 0.19 begins anew
 
     def __call__(self, state_TBD: Tensor, token_TBD: Tensor, rotation: tuple, context: AttentionContext) -> Tensor:
         joined_TBD = self.join(torch.cat([self.token_norm(token_TBD), self.state_norm(state_TBD)], dim=-1))
