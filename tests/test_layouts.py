@@ -70,6 +70,7 @@ class Trainer:
     """The parts of a run on one rank, without its folder."""
 
     FIGURES = ("loss_ar", "loss_draft", "draft_accuracy", "loss_diffusion", "loss_noncausal", "loss_causal")
+    FIGURES += ("loss_depth_1", "loss_depth_2")
 
     def __init__(self, config: config_module.Config) -> None:
         from tidar_mega import methods

@@ -1,4 +1,4 @@
-"""Masked diffusion and its self-speculative form, cut every way that TiDAR can be cut, against one process."""
+"""Masked diffusion and methods with several rows for a place, cut every way that TiDAR can be, against one process."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from tests.test_main_job import make_corpus
 from tidar_mega import config as config_module
 
 pytestmark = pytest.mark.distributed
+METHODS = ("masked_diffusion", "ssmd", "mtp")
 
 
 def settings(corpus: Path, layout: tuple, method: str, **more) -> config_module.Config:
     config = replace(tidar_settings(corpus, layout, 1.0, **more), method=method)
+    if method == "mtp":
+        config = replace(config, model=replace(config.model, mtp_num_layers=2))
     config_module.check(config)
     return config
 
@@ -44,8 +47,8 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(corpus) -> dict:
-    configs = [settings(corpus, ALONE, method) for method in ("masked_diffusion", "ssmd")]
-    return dict(zip(("masked_diffusion", "ssmd"), processes.run(train, 1, configs)[0], strict=True))
+    configs = [settings(corpus, ALONE, method) for method in METHODS]
+    return dict(zip(METHODS, processes.run(train, 1, configs)[0], strict=True))
 
 
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != ALONE], ids=str)
@@ -68,10 +71,11 @@ def test_recomputing_and_overlap_change_nothing(recompute, corpus, alone):
     assert gradients < GRADIENT
 
 
-def test_a_checkpoint_goes_on_under_any_layout(corpus, tmp_path):
-    ((path, expected), *_) = processes.run(save_and_go_on, 2, settings(corpus, (2, 1, 1, 1, 1), "ssmd"), tmp_path)
+@pytest.mark.parametrize("method", ["ssmd", "mtp"])
+def test_a_checkpoint_goes_on_under_any_layout(method, corpus, tmp_path):
+    ((path, expected), *_) = processes.run(save_and_go_on, 2, settings(corpus, (2, 1, 1, 1, 1), method), tmp_path)
     for layout in ((1, 2, 2, 1, 1), (1, 1, 1, 2, 1), ALONE):
         size = layout[1] * layout[3]
-        got = torch.tensor(processes.run(load_and_go_on, size, settings(corpus, layout, "ssmd"), path)[0])
+        got = torch.tensor(processes.run(load_and_go_on, size, settings(corpus, layout, method), path)[0])
         error = float(((got - torch.tensor(expected)).abs() / torch.tensor(expected).abs().clamp(min=0.1)).max())
         assert error < LOSS

@@ -1,0 +1,72 @@
+"""Going on where a run ended: whose folder it is, and what of its checkpoint must not have changed."""
+
+from __future__ import annotations
+
+import fcntl
+from pathlib import Path
+from typing import TextIO
+
+from tidar_mega.checkpoint import state as checkpoint_state
+from tidar_mega.checkpoint import store
+from tidar_mega.checkpoint.base import SHAPE, Base
+from tidar_mega.checkpoint.state import TrainState
+from tidar_mega.checkpoint.store import CheckpointError
+from tidar_mega.config import Config, UserError
+from tidar_mega.data.stream import Stream
+from tidar_mega.train import optim
+
+# Settings that a resume must not change: the shape of the weights and the meaning of the global sample index.
+_FIXED = {
+    "model": (*SHAPE, "mtp_num_layers"),
+    "lora": ["rank", "alpha", "targets"],
+    "data": ["seq_length"],
+    "train": ["seed"],
+    "precision": ["dtype"],
+    "parallel": ["distributed_optimizer"],
+}
+
+
+def lock_folder(folder: Path) -> TextIO:
+    """Held until this process ends: two runs in one folder would delete each other's checkpoints. Raises UserError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UserError(
+            f"run_dir = {folder}: cannot be written ({error.strerror}); set it to a folder that can"
+        ) from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"run_dir = {folder}: another run is using it; wait for it, end it, or set another") from None
+    return lock
+
+
+def resume(path: Path, config: Config, stream: Stream, state: TrainState, base: Base | None = None) -> None:
+    """Fills `state` from the checkpoint at `path`; CheckpointError if that is damaged or of other data or shape, or
+    holds adapters of another `base`."""
+    meta = store.read_meta(path)
+    if meta["data_fingerprint"] != stream.fingerprint:
+        raise CheckpointError(
+            f"data.path = {config.data.path}: its index or tokenizer is not the one that {path} was trained on; "
+            "give back that corpus, or set another run_dir to start anew"
+        )
+    saved = store.saved_config(meta)
+    for section, names in _FIXED.items():
+        for name in names:
+            was, now = (getattr(getattr(c, section), name) for c in (saved, config))
+            if was != now:
+                raise CheckpointError(
+                    f"{section}.{name} = {now}: the checkpoint {path} was made with {was}; "
+                    "set it back, or set another run_dir to start anew"
+                )
+    if base is not None:
+        base.check_adapters(path, meta)
+    same_layout = _layout(saved) == _layout(config)
+    checkpoint_state.restore(state, store.load(path, checkpoint_state.template(state, same_layout)))
+    optim.apply_settings(config, state.optimizer)
+    state.scheduler.step(0)
+
+
+def _layout(config: Config) -> tuple[int, int]:
+    return config.parallel.pipeline, config.parallel.tensor
