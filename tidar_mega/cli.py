@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import re
@@ -296,55 +297,18 @@ def _add_bench(parser, arguments: list[str]) -> None:
     _add_choices(parser, _BENCHES, arguments, "WHAT")
 
 
-def _add_bench_attention(parser, _) -> None:
-    from tidar_mega.bench import attention
+def _measurement(name: str, of_checkpoint: bool = False):
+    """Adds the arguments of `bench/<name>.py`."""
 
-    _add_measurement(parser, attention)
+    def add(parser, _) -> None:
+        module = importlib.import_module(f"tidar_mega.bench.{name}")
+        parser.set_defaults(verb=_bench, measure=module.run)
+        if of_checkpoint:
+            _add_checkpoint(parser)
+        module.add_arguments(parser)
+        _add_json(parser)
 
-
-def _add_bench_train(parser, _) -> None:
-    from tidar_mega.bench import train
-
-    _add_measurement(parser, train)
-
-
-def _add_bench_layouts(parser, _) -> None:
-    from tidar_mega.bench import layouts
-
-    _add_measurement(parser, layouts)
-
-
-def _add_bench_decode(parser, _) -> None:
-    from tidar_mega.bench import decode
-
-    _add_checkpoint(parser)
-    _add_measurement(parser, decode)
-
-
-def _add_bench_slots(parser, _) -> None:
-    from tidar_mega.bench import slots
-
-    _add_checkpoint(parser)
-    _add_measurement(parser, slots)
-
-
-def _add_bench_diffusion(parser, _) -> None:
-    from tidar_mega.bench import diffusion
-
-    _add_checkpoint(parser)
-    _add_measurement(parser, diffusion)
-
-
-def _add_bench_methods(parser, _) -> None:
-    from tidar_mega.bench import methods
-
-    _add_measurement(parser, methods)
-
-
-def _add_measurement(parser, module) -> None:
-    parser.set_defaults(verb=_bench, measure=module.run)
-    module.add_arguments(parser)
-    _add_json(parser)
+    return add
 
 
 def _bench(args) -> int | None:
@@ -423,16 +387,22 @@ _VERBS = {
     "bench": (_add_bench, "Measure speed as a ratio against a baseline in the same run."),
 }
 _BENCHES = {
-    "attention": (_add_bench_attention, "Attention backends against the dense mask and plain causal attention."),
-    "train": (_add_bench_train, "A training step against a plain-PyTorch model with the dense mask."),
-    "layouts": (_add_bench_layouts, "Every parallel layout against one process, and its share of communication."),
-    "decode": (_add_bench_decode, "Fused decoding against plain AR in the same engine, and against transformers."),
+    "attention": (_measurement("attention"), "Attention backends against the dense mask and plain causal attention."),
+    "train": (_measurement("train"), "A training step against a plain-PyTorch model with the dense mask."),
+    "layouts": (_measurement("layouts"), "Every parallel layout against one process, and its share of communication."),
+    "decode": (
+        _measurement("decode", of_checkpoint=True),
+        "Fused decoding against plain AR in the same engine, and against transformers.",
+    ),
     "diffusion": (
-        _add_bench_diffusion,
+        _measurement("diffusion", of_checkpoint=True),
         "Self-speculative against standard masked diffusion: quality against forwards.",
     ),
-    "methods": (_add_bench_methods, "Every method, trained on the same text from the same start, and decoded."),
-    "slots": (_add_bench_slots, "One decoding forward against its number of rows; decode.outcomes=auto uses it."),
+    "methods": (_measurement("methods"), "Every method, trained on the same text from the same start, and decoded."),
+    "slots": (
+        _measurement("slots", of_checkpoint=True),
+        "One decoding forward against its number of rows; decode.outcomes=auto uses it.",
+    ),
 }
 
 if __name__ == "__main__":
