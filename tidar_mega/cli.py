@@ -294,10 +294,11 @@ def _read_text(path: Path) -> str:
 
 
 def _add_bench(parser, arguments: list[str]) -> None:
-    _add_choices(parser, _BENCHES, arguments, "WHAT")
+    choices = {name: (_measurement(name, of_checkpoint), text) for name, (of_checkpoint, text) in _BENCHES.items()}
+    _add_choices(parser, choices, arguments, "WHAT")
 
 
-def _measurement(name: str, of_checkpoint: bool = False):
+def _measurement(name: str, of_checkpoint: bool):
     """Adds the arguments of `bench/<name>.py`."""
 
     def add(parser, _) -> None:
@@ -386,23 +387,14 @@ _VERBS = {
     ),
     "bench": (_add_bench, "Measure speed as a ratio against a baseline in the same run."),
 }
-_BENCHES = {
-    "attention": (_measurement("attention"), "Attention backends against the dense mask and plain causal attention."),
-    "train": (_measurement("train"), "A training step against a plain-PyTorch model with the dense mask."),
-    "layouts": (_measurement("layouts"), "Every parallel layout against one process, and its share of communication."),
-    "decode": (
-        _measurement("decode", of_checkpoint=True),
-        "Fused decoding against plain AR in the same engine, and against transformers.",
-    ),
-    "diffusion": (
-        _measurement("diffusion", of_checkpoint=True),
-        "Self-speculative against standard masked diffusion: quality against forwards.",
-    ),
-    "methods": (_measurement("methods"), "Every method, trained on the same text from the same start, and decoded."),
-    "slots": (
-        _measurement("slots", of_checkpoint=True),
-        "One decoding forward against its number of rows; decode.outcomes=auto uses it.",
-    ),
+_BENCHES = {  # whether of a checkpoint, and what for
+    "attention": (False, "Attention backends against the dense mask and plain causal attention."),
+    "train": (False, "A training step against a plain-PyTorch model with the dense mask."),
+    "layouts": (False, "Every parallel layout against one process, and its share of communication."),
+    "decode": (True, "Fused decoding against plain AR in the same engine, and against transformers."),
+    "diffusion": (True, "Self-speculative against standard masked diffusion: quality against forwards."),
+    "methods": (False, "Every method, trained on the same text from the same start, and decoded."),
+    "slots": (True, "One decoding forward against its number of rows; decode.outcomes=auto uses it."),
 }
 
 if __name__ == "__main__":
