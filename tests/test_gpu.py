@@ -139,6 +139,15 @@ def test_adapters_on_the_gpu_leave_the_output_of_their_base(work):
     assert len(texts) == 1
 
 
+def test_multi_token_prediction_on_the_gpu_decodes_what_ar_decodes(work):
+    mtp = ("method=mtp", "model.mtp_num_layers=3", "run_dir=mtp")
+    tidar(work, "pretrain", "run.yaml", *mtp)
+    small = ("--prompts", "8", "--batches", "1", "4", "--blocks", "4", "--no-peers", "--outcomes", "all")
+    tidar(work, "bench", "decode", "mtp", *small, "--json", "mtp.json")
+    found = json.loads((work / "mtp.json").read_text())
+    assert found["identical_to_ar"] == 1 and found["tokens_per_forward"] > 1
+
+
 def test_recorded_forwards_on_the_gpu_give_the_same(work, say):
     figures = {}
     for name, graphs in (("recorded", "true"), ("launched one by one", "false")):

@@ -99,7 +99,8 @@ class Engine:
         self.cache = PagedCache(model.layer_numbers, heads, width, pages, page, model.dtype, model.device)
         forbidden = [specials.pad, specials.mask, *range(specials.vocab_size, model.vocab * model.tensor.size())]
         self.forwards = Forwards(model, self.cache, specials.mask, forbidden)
-        if cuda_graphs and model.device.type == "cuda" and not drafter.depths:
+        speculates = drafter.depths > 0 and block > 1  # how many rows a depth runs is known on the host alone
+        if cuda_graphs and model.device.type == "cuda" and not speculates:
             self.forwards.recorder = Recorder(self.forwards, self.cache.pages_of(capacity + block - 1))
         self._drafts_all = self.policy.most == Drafting.of(block, "all", drafter)
         self.waiting: deque[Request] = deque()
