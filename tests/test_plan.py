@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tidar_mega import config as config_module
 from tidar_mega.plan.layout import Layout, make_layout
-from tidar_mega.plan.memory import activation_bytes, in_flight, layer_activations
+from tidar_mega.plan.memory import activation_bytes, in_flight, layer_activations, stage_memory
 from tidar_mega.plan.parameters import head_parameters, total_parameters
 from tidar_mega.plan.timing import bubble_fraction
 from tidar_mega.plan.work import drafted_rows, sequence_work, training_flops
@@ -268,6 +268,21 @@ def test_multi_token_prediction_is_counted(tie):
     expected = training_flops(config, vocab, work.rows, work.pairs, int((rows.weight > 0).sum()))
     in_vain = 3 * layers * attention_flops(config, LENGTH**2 - LENGTH * (LENGTH + 1) / 2)
     assert counter.get_total_flops() == pytest.approx(expected + in_vain, rel=1e-9)
+
+
+@pytest.mark.parametrize("targets", [["linear_qkv", "linear_fc2"], ["linear_proj", "linear_fc1"]])
+def test_adapters_alone_have_gradients_and_optimizer(targets):
+    more = ["lora.rank=4", f"lora.targets=[{','.join(targets)}]", "train.init_from=base"]
+    whole, config = settings(), config_module.override(settings(), more)
+    _, (model,) = start(config)
+    layout = layout_of(config)
+    assert layout.parameters(0) == total_parameters(config, layout.vocab) == sum(p.numel() for p in model.parameters())
+    assert layout.trained(0) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    memory, before = stage_memory(layout, 0), stage_memory(layout_of(whole), 0)
+    share = layout.trained(0) / layout_of(whole).parameters(0)
+    assert memory.gradients + memory.optimizer == pytest.approx(share * (before.gradients + before.optimizer))
+    # without the products for the weights' own gradients
+    assert training_flops(config, 64, 8, 0, 8) == pytest.approx(2 / 3 * training_flops(whole, 64, 8, 0, 8))
 
 
 # pipeline

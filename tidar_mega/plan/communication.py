@@ -99,7 +99,7 @@ def _data_bytes(layout: Layout) -> tuple[float, float]:
     """(gradients, weights) that the fullest rank sends once in a step; a plain optimizer all-reduces the gradients."""
     p, n = layout.config.parallel, layout.shards
     stage = max((0, p.pipeline - 1), key=layout.parameters)
-    parameters, ring = layout.parameters(stage), (n - 1) / n
+    parameters, ring = layout.trained(stage), (n - 1) / n
     if not p.distributed_optimizer:
         return 2 * FLOAT32 * parameters * ring, 0.0
     gathered = width(layout) * parameters

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from tidar_mega.config import Config, ConfigError, check_batch
-from tidar_mega.plan.parameters import padded_vocab_size, stage_parameters
+from tidar_mega.plan.parameters import adapter_parameters, padded_vocab_size, stage_parameters
 from tidar_mega.plan.work import drafted_rows
 
 
@@ -90,6 +90,17 @@ class Layout:
     def parameters(self, stage: int) -> int:
         """Weights of one rank of a pipeline stage."""
         return stage_parameters(self.config, self.vocab, stage)
+
+    def trained(self, stage: int) -> int:
+        """Those of them that have a gradient: with `lora.rank`, the adapters alone."""
+        if self.config.lora.rank:
+            return self.stage_layers * adapter_parameters(self.config, self.config.parallel.tensor)
+        return self.parameters(stage)
+
+    def layers_of(self, stage: int) -> int:
+        """Layers that a micro-batch passes in a visit to a stage, multi-token prediction's on the last among them."""
+        is_last = stage == self.config.parallel.pipeline - 1
+        return self.chunk_layers + (self.config.rows_per_place - 1 if self.config.has_depths and is_last else 0)
 
     def describe(self) -> str:
         p = self.config.parallel

@@ -109,7 +109,7 @@ def in_flight(layout: Layout, stage: int) -> int:
 def activation_bytes(layout: Layout, stage: int) -> float:
     """What the forwards in flight keep; with full recomputation also one unit of layers made again."""
     p, m = layout.config.parallel, layout.config.model
-    total = in_flight(layout, stage) * layout.chunk_layers * kept_per_layer(layout)
+    total = in_flight(layout, stage) * layout.layers_of(stage) * kept_per_layer(layout)
     if p.recompute == "full":
         total += min(p.recompute_layers, layout.chunk_layers) * sum(layer_activations(layout).values())
         total += in_flight(layout, stage) * FLOAT32 * layout.batch_rows * m.head_width  # RoPE angles
@@ -130,14 +130,14 @@ def optimizer_bytes(layout: Layout, stage: int) -> float:
     p = layout.config.parallel
     each = 3 * FLOAT32 if width(layout) < FLOAT32 else 2 * FLOAT32
     shards = layout.shards if p.distributed_optimizer else 1
-    return each * layout.parameters(stage) / shards * (1 - p.optimizer_offload)
+    return each * layout.trained(stage) / shards * (1 - p.optimizer_offload)
 
 
 def head_bytes(layout: Layout) -> float:
     """The last stage's hidden states and their gradient, twice (whole, and the rows with a loss); logits of one chunk
     in float32 and their gradient; the head's gradient in float32 (`losses.py`)."""
     m, p, b = layout.config.model, layout.config.parallel, width(layout)
-    vocab, rows = layout.vocab / p.tensor, layout.batch_rows
+    vocab, rows = layout.vocab / p.tensor, layout.batch_rows * layout.config.rows_per_place
     chunk = min(layout.config.train.loss_chunk, rows)
     return 4 * b * rows * m.hidden_size + (FLOAT32 + b) * chunk * vocab + (FLOAT32 + b) * vocab * m.hidden_size
 
@@ -150,10 +150,10 @@ def working_bytes(layout: Layout) -> float:
 
 
 def stage_memory(layout: Layout, stage: int) -> Memory:
-    parameters, is_last = layout.parameters(stage), stage == layout.config.parallel.pipeline - 1
+    is_last = stage == layout.config.parallel.pipeline - 1
     return Memory(
         weights=weight_bytes(layout, stage),
-        gradients=FLOAT32 * parameters,
+        gradients=FLOAT32 * layout.trained(stage),
         optimizer=optimizer_bytes(layout, stage),
         activations=activation_bytes(layout, stage),
         logits=head_bytes(layout) if is_last else 0.0,

@@ -42,9 +42,20 @@ def bias_parameters(config: Config) -> int:
     return m.head_width * (m.num_attention_heads + 2 * m.num_query_groups) if m.add_qkv_bias else 0
 
 
+def adapter_parameters(config: Config, tensor: int = 1) -> int:
+    """Weights of a layer's adapters (`model/lora.py`) on one of `tensor` ranks: [rank, inputs] and [outputs, rank], of
+    which the side that the layer splits is split."""
+    m, rank = config.model, config.lora.rank
+    queries, keys = m.head_width * m.num_attention_heads, m.head_width * m.num_query_groups
+    column = {"linear_qkv": queries + 2 * keys, "linear_fc1": 2 * m.ffn_hidden_size}  # their outputs are split
+    row = {"linear_proj": queries, "linear_fc2": m.ffn_hidden_size}  # their inputs are
+    sides = column | row
+    return rank * sum(m.hidden_size + sides[name] // tensor for name in config.lora.targets) if rank else 0
+
+
 def total_parameters(config: Config, vocab: int) -> int:
     """All weights of the model, tied ones once. `vocab` is the padded size."""
-    layer = layer_parameters(config) + norm_parameters(config) + bias_parameters(config)
+    layer = layer_parameters(config) + norm_parameters(config) + bias_parameters(config) + adapter_parameters(config)
     tables = (1 if config.model.tie_embeddings else 2) + config.has_causal_block
     own = config.model.num_layers * layer + causal_input_parameters(config) + _causal_norms(config)
     own += _depths(config) * (layer + depth_parameters(config) - layer_parameters(config) + _depth_norms(config))
@@ -72,7 +83,8 @@ def stage_parameters(config: Config, vocab: int, stage: int) -> int:
     """
     m, p = config.model, config.parallel
     split = layer_parameters(config) + bias_parameters(config)
-    total = m.num_layers // p.pipeline * (split // p.tensor + norm_parameters(config))
+    layer = split // p.tensor + norm_parameters(config) + adapter_parameters(config, p.tensor)
+    total = m.num_layers // p.pipeline * layer
     table = head_parameters(config, vocab) // p.tensor
     is_first, is_last = stage == 0, stage == p.pipeline - 1
     if is_first:

@@ -14,7 +14,7 @@ from tidar_mega.plan.hardware import Hardware
 from tidar_mega.plan.layout import Layout
 from tidar_mega.plan.memory import FLOAT32, fp8_share, width
 from tidar_mega.plan.parameters import head_parameters, layer_parameters
-from tidar_mega.plan.work import attention_flops, hardware_flops, model_flops, recomputed, sequence_work
+from tidar_mega.plan.work import attention_flops, hardware_flops, model_flops, products, recomputed, sequence_work
 
 # Elements read and written per row in a layer's forward, where D is the hidden width, Q and K those of q and of k
 RESIDUAL_ELEMENTS = 10  # x D: two norms (read, write) and two residual sums (read two, write one)
@@ -115,7 +115,7 @@ def layer_seconds(layout: Layout, hardware: Hardware, imbalance: float = 1.0) ->
     moved = layout.batch_rows * elements * width(layout) * (3 + again_products)
     accumulated = weights * (ACCUMULATION_BYTES - (4 if p.gradient_accumulation_fusion else 0))
     return Seconds(
-        products=2 * weights * layout.batch_rows * (3 + again_products) * slowness,
+        products=2 * weights * layout.batch_rows * (products(config) + again_products) * slowness,
         attention=attention * (3.5 + again_attention),
         memory_bound=(moved + accumulated) / (1e9 * hardware.memory_gbs * hardware.memory_efficiency),
     )
@@ -128,7 +128,7 @@ def head_seconds(layout: Layout, hardware: Hardware) -> Seconds:
     weights = head_parameters(layout.config, layout.vocab) / p.tensor
     moved = LOGIT_BYTES * rows * layout.vocab / p.tensor + ACCUMULATION_BYTES * weights
     return Seconds(
-        products=6 * weights * rows / (peak(layout, hardware) * hardware.matmul_efficiency),
+        products=2 * products(layout.config) * weights * rows / (peak(layout, hardware) * hardware.matmul_efficiency),
         attention=0.0,
         memory_bound=moved / (1e9 * hardware.memory_gbs * hardware.memory_efficiency),
     )
@@ -145,6 +145,7 @@ def predict(layout: Layout, hardware: Hardware, imbalance: float = 1.0) -> Timin
     p, m = layout.config.parallel, layout.micro_batches
     layer = layer_seconds(layout, hardware, imbalance)
     stage, head = layer.times(layout.stage_layers), head_seconds(layout, hardware)
+    head = head.plus(layer.times(layout.layers_of(p.pipeline - 1) - layout.chunk_layers))
     sent = transfers(layout, hardware, layer.total)
     mean = stage.plus(head.times(1 / p.pipeline))  # what a stage computes on average
     waiting = m * head.total * (1 - 1 / p.pipeline)
@@ -173,7 +174,7 @@ def _layer_waits(layout: Layout, hardware: Hardware) -> float:
 
 
 def _optimizer_seconds(layout: Layout, hardware: Hardware) -> float:
-    p, parameters = layout.config.parallel, layout.parameters(0)
+    p, parameters = layout.config.parallel, layout.trained(0)
     mine = parameters / (layout.shards if p.distributed_optimizer else 1)
     on_gpu = OPTIMIZER_BYTES * mine * (1 - p.optimizer_offload) + FLOAT32 * parameters  # gradients are set to 0
     on_host = OFFLOADED_BYTES * mine * p.optimizer_offload

@@ -106,12 +106,19 @@ def attention_flops(config: Config, pairs: float) -> float:
 def training_flops(config: Config, vocab_size: int, rows: float, pairs: float, head_rows: float) -> float:
     """Forward and backward of `rows` rows, `pairs` visible (query, key) pairs and `head_rows` rows with a loss.
 
-    Counts two operations per multiply-add, the backward as twice the forward, and no recomputation.
+    Counts two operations per multiply-add, the backward as twice the forward, and no recomputation. With adapters, the
+    backward of the frozen weights is that of their inputs alone, and the adapters' own products are left out.
     """
     layer_rows, layer_pairs = through_layers(config, rows, pairs)
     dense, attention = _dense_flops(config, layer_rows), attention_flops(config, layer_pairs)
     head = 2 * head_parameters(config, vocab_size) * head_rows
-    return 3.0 * (dense + attention + head)
+    return products(config) * (dense + head) + 3.0 * attention
+
+
+def products(config: Config) -> int:
+    """How often a step multiplies with a weight: forward, for the gradient of the input and, unless it is frozen under
+    adapters, for its own."""
+    return 2 if config.lora.rank else 3
 
 
 def model_flops(config: Config, vocab: int) -> float:
@@ -131,7 +138,8 @@ def hardware_flops(config: Config, vocab: int) -> float:
     attention = attention_flops(config, work.tile_pairs) * m.num_layers
     head = 2 * head_parameters(config, vocab) * work.head_rows
     again_dense, again_attention = recomputed(config)
-    return count * ((3 + again_dense) * dense + (3.5 + again_attention) * attention + 3 * head)
+    often = products(config)
+    return count * ((often + again_dense) * dense + (3.5 + again_attention) * attention + often * head)
 
 
 def recomputed(config: Config) -> tuple[int, int]:
