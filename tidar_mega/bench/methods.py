@@ -28,15 +28,17 @@ from tidar_mega.model.gpt import padded_vocab_size
 from tidar_mega.plan import training_flops
 from tidar_mega.plan.work import sequence_work, through_layers
 
-_POSITION, _FOCAL, _CHAIN = "train.position_weight=1", "train.focal_weight=0.3", "train.chain_weight=0.1"
+# alpha so that AR keeps half of the loss: what is added to the drafts' half alone would be paid for by AR's
+_POSITION = ("train.alpha=3", "train.position_weight=0.5")
+_FOCAL, _CHAIN = "train.focal_weight=0.1", "train.chain_weight=0.1"
 METHODS: dict[str, tuple[str, ...]] = {
     "ar": ("method=ar",),
     "mtp": ("method=mtp",),
     "block_diffusion": ("method=block_diffusion",),
     "tidar": ("method=tidar",),
-    "tidar_position": ("method=tidar", _POSITION),
-    "tidar_position_focal": ("method=tidar", _POSITION, _FOCAL),
-    "tidar_left_to_right": ("method=tidar", _POSITION, _FOCAL, _CHAIN),
+    "tidar_position": ("method=tidar", *_POSITION),
+    "tidar_position_focal": ("method=tidar", *_POSITION, _FOCAL),
+    "tidar_left_to_right": ("method=tidar", *_POSITION, _FOCAL, _CHAIN),
     "idlm": ("method=idlm",),
     "masked_diffusion": ("method=masked_diffusion",),
     "ssmd": ("method=ssmd",),
