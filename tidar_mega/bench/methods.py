@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", type=int, default=24, help="held-out prompts")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=64, help="longest continuation")
-    parser.add_argument("--samples", type=int, default=64, help="of masked diffusion, for each setting")
+    parser.add_argument("--samples", type=int, default=16, help="of masked diffusion, for each setting")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw tokens per forward against the loss")
 
 
