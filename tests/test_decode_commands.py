@@ -65,13 +65,14 @@ def test_every_layout_and_choice_of_outcomes_writes_the_same_text(work):
 def test_bench_slots_keeps_the_latency_curve_beside_the_checkpoints(work):
     (work / "run" / "latency.json").unlink(missing_ok=True)
     told = here(
-        work, "bench", "slots", "run", "--repeats", "1", "--prefix", "32", "--json", "slots.json", "decode.batch=4"
+        work, "bench", "slots", "run", "--repeats", "1", "--prefixes", "32", "--json", "slots.json", "decode.batch=4"
     )
     figures = json.loads((work / "slots.json").read_text())
-    assert set(figures["step"]) == {"1", "2", "4"} and "stored in" in told
-    assert all(seconds > 0 for points in figures["step"].values() for _, seconds in points)
+    curve = figures["by_prefix"]["32"]
+    assert set(curve["step"]) == {"1", "2", "4"} and "stored in" in told
+    assert all(seconds > 0 for points in curve["step"].values() for _, seconds in points)
     stored = json.loads((work / "run" / "latency.json").read_text())[figures["key"]]
-    assert stored["step"] == figures["step"] and figures["slots"]["1"]["2.0x"] >= 1
+    assert stored["by_prefix"]["32"]["step"] == curve["step"] and curve["slots"]["1"]["2.0x"] >= 1
 
 
 def test_bench_decode_compares_with_ar_and_with_transformers(work):

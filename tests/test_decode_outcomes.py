@@ -10,7 +10,7 @@ import pytest
 from tests.test_decode_requests import PROMPTS, SAMPLED, engine, model  # noqa: F401
 from tidar_mega.config import UserError
 from tidar_mega.decode import latency as latency_module
-from tidar_mega.decode.latency import Latency
+from tidar_mega.decode.latency import Curves, Latency
 from tidar_mega.decode.outcomes import PRIOR, Automatic, Drafting, outcome_probabilities, speed
 
 
@@ -64,9 +64,10 @@ def test_outcomes_are_a_distribution():
     assert sum(outcome_probabilities([0.3] * 7)) == pytest.approx(1)
 
 
-def automatic(block: int, latency: Latency, acceptance: float) -> Automatic:
+def automatic(block: int, curves: Latency | Curves, acceptance: float) -> Automatic:
     """One that has seen drafts of which each slot passes with a chance of its own."""
-    chooser, draw = Automatic(block, latency), random.Random(0)
+    curves = curves if isinstance(curves, Curves) else Curves({64: curves})
+    chooser, draw = Automatic(block, curves), random.Random(0)
     for _ in range(600):
         r = 1
         while r < block and draw.random() < acceptance:
@@ -77,16 +78,17 @@ def automatic(block: int, latency: Latency, acceptance: float) -> Automatic:
 
 def test_the_choice_follows_the_curve():
     free, dear = curve(1e-6), curve(1.0, fixed=0.01)
-    assert automatic(8, free, 0.7).drafting(1, False) == Drafting.of(8, "all"), "rows cost nothing"
-    assert automatic(8, dear, 0.7).drafting(1, False) == Drafting(1), "every row costs a forward"
-    nearly_always = automatic(8, curve(0.05), 0.99).drafting(1, False)
+    assert automatic(8, free, 0.7).drafting(1, False, 64) == Drafting.of(8, "all"), "rows cost nothing"
+    assert automatic(8, dear, 0.7).drafting(1, False, 64) == Drafting(1), "every row costs a forward"
+    nearly_always = automatic(8, curve(0.05), 0.99).drafting(1, False, 64)
     assert nearly_always.outcomes == (8,) and nearly_always.block == 8, "one outcome is nearly certain"
     assert (
-        automatic(8, free, 0.02).drafting(1, False).block <= 2 or automatic(8, free, 0.02).drafting(1, False).outcomes
+        automatic(8, free, 0.02).drafting(1, False, 64).block <= 2
+        or automatic(8, free, 0.02).drafting(1, False, 64).outcomes
     )
     # the same acceptance, more requests: a forward is no longer bound by its fixed cost, so less is drafted
     busy = automatic(8, curve(0.02), 0.7)
-    assert busy.drafting(16, False).block < busy.drafting(1, False).block
+    assert busy.drafting(16, False, 64).block < busy.drafting(1, False, 64).block
 
 
 def test_no_fixed_choice_is_better_than_the_automatic_one():
@@ -94,7 +96,7 @@ def test_no_fixed_choice_is_better_than_the_automatic_one():
         for acceptance in (0.3, 0.7, 0.95):
             chooser, latency = automatic(8, curve(per_row), acceptance), curve(per_row)
             for requests in (1, 4, 16):
-                chosen = speed(chooser.drafting(requests, False), chooser.acceptance, latency, requests, False)
+                chosen = speed(chooser.drafting(requests, False, 64), chooser.acceptance, latency, requests, False)
                 for block in (1, 2, 4, 8):
                     for outcomes in ("all", "last", "none"):
                         other = speed(Drafting.of(block, outcomes), chooser.acceptance, latency, requests, False)
@@ -102,7 +104,7 @@ def test_no_fixed_choice_is_better_than_the_automatic_one():
 
 
 def test_acceptance_is_that_of_slots_that_were_tested():
-    chooser = Automatic(4, curve(0.01))
+    chooser = Automatic(4, Curves({64: curve(0.01)}))
     for _ in range(100):
         chooser.observe(4, 2)  # slot 1 passes, slot 2 fails, slot 3 is never tested
         chooser.observe(1, 1)  # a catch-up forward tests nothing
@@ -117,12 +119,12 @@ def test_an_engine_that_chooses_by_itself_gives_ar_output(model, per_row):  # no
     prompts = [PROMPTS[i % 4] for i in range(12)]
     expected = [g.tokens for g in engine(model).generate(prompts, params, "ar")]
     automatic = engine(model, block=8, batch=5)
-    automatic.choose_outcomes(curve(per_row))
+    automatic.choose_outcomes(Curves({64: curve(per_row)}))
     used, drafting = set(), automatic.policy.drafting
 
-    def seen(requests: int, sampled: bool) -> Drafting:
-        used.add(drafting(requests, sampled))
-        return drafting(requests, sampled)
+    def seen(*state) -> Drafting:
+        used.add(drafting(*state))
+        return drafting(*state)
 
     automatic.policy.drafting = seen
     for _ in range(2):
@@ -140,11 +142,26 @@ def test_a_curve_is_measured_and_kept(model, tmp_path):  # noqa: F811
     name = latency_module.key(e.forwards)
     assert "2 layers of 64, float32, tensor 1, pipeline 1" in name
     assert latency_module.load(tmp_path, name) is None
-    latency_module.save(tmp_path, "another machine", found)
-    latency_module.save(tmp_path, name, found)
+    latency_module.save(tmp_path, "another machine", Curves({16: found}))
+    latency_module.save(tmp_path, name, Curves({16: found}))
     stored = latency_module.load(tmp_path, name)
-    assert stored.seconds(2, 40, 8, 6, True) == found.seconds(2, 40, 8, 6, True)
-    assert latency_module.load(tmp_path, "another machine") is not None
+    assert stored.at(16).seconds(2, 40, 8, 6, True) == found.seconds(2, 40, 8, 6, True)
+    assert latency_module.load(tmp_path, "another machine").most_requests == 2
+
+
+def test_a_curve_between_two_lengths():
+    near, far = curve(0.1), curve(0.3, fixed=2.0)
+    curves = Curves({100: near, 300: far})
+    for length, share in ((0, 0.0), (100, 0.0), (150, 0.25), (300, 1.0), (500, 2.0)):
+        expected = (1 - share) * near.seconds(4, 40, 8, 0, False) + share * far.seconds(4, 40, 8, 0, False)
+        assert curves.at(length).seconds(4, 40, 8, 0, False) == pytest.approx(expected)
+
+
+def test_the_choice_follows_the_length():
+    """Rows are dear behind few tokens and free behind many, where the forward itself takes long."""
+    chooser = automatic(8, Curves({64: curve(1.0, fixed=0.01), 1024: curve(1e-6)}), 0.7)
+    assert chooser.drafting(1, False, 64) == Drafting(1)
+    assert chooser.drafting(1, False, 1024) == Drafting.of(8, "all")
 
 
 def test_impossible_outcomes_are_refused(model):  # noqa: F811

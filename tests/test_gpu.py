@@ -184,7 +184,7 @@ def test_the_attention_over_pages_has_the_numbers_of_plain_products():
 def test_the_latency_curve_of_this_gpu(work, say):
     tidar(work, "bench", "slots", "whole", "--json", "slots.json")
     figures = json.loads((work / "slots.json").read_text())
-    say(figures["key"], {f"{r:g} rows, ms": 1e3 * seconds for r, seconds in figures["step"]["1"]})
+    say(figures["key"], {f"{r:g} rows, ms": 1e3 * seconds for r, seconds in figures["by_prefix"]["64"]["step"]["1"]})
 
 
 def test_a_deterministic_run_repeats_bit_by_bit(work, monkeypatch):

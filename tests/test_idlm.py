@@ -23,6 +23,7 @@ from tidar_mega import methods, plan
 from tidar_mega.config import ConfigError, ParallelConfig, UserError
 from tidar_mega.decode.engine import Engine
 from tidar_mega.decode.forward import Plan, Work
+from tidar_mega.decode.latency import Curves
 from tidar_mega.decode.outcomes import Drafting
 from tidar_mega.decode.sampling import SamplingParams
 from tidar_mega.losses import RowLosses, cross_entropy
@@ -342,7 +343,7 @@ def test_the_engine_may_choose_stride_and_outcomes_itself(trained, prompts):  # 
     expected = [g.tokens for g in engine(trained).generate(prompts[:12], params, "ar")]
     for per_row in (1e-6, 0.05):
         e = engine(trained, block=5, batch=5)
-        e.choose_outcomes(curve(per_row))
+        e.choose_outcomes(Curves({64: curve(per_row)}))
         assert [g.tokens for g in e.generate(prompts[:12], params)] == expected
 
 

@@ -25,7 +25,7 @@ from tidar_mega.decode.cache import PagedCache
 from tidar_mega.decode.flex import PAGE
 from tidar_mega.decode.forward import Forwards, Plan, Result, Work
 from tidar_mega.decode.graphs import Recorder
-from tidar_mega.decode.latency import Latency
+from tidar_mega.decode.latency import Curves
 from tidar_mega.decode.outcomes import Automatic, Drafting, Fixed
 from tidar_mega.decode.requests import Commit, Generation, Request
 from tidar_mega.decode.sampling import SamplingParams
@@ -106,12 +106,12 @@ class Engine:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
 
-    def choose_outcomes(self, latency: Latency) -> None:
-        """From now on the fastest draft length up to `block` and outcomes, by the machine's latency curve, for however
+    def choose_outcomes(self, curves: Curves) -> None:
+        """From now on the fastest draft length up to `block` and outcomes, by the machine's latency curves, for however
         many requests run. Raises UserError for layers of multi-token prediction, which have no outcomes to choose."""
         if self.drafter.depths:
             raise UserError("outcomes = auto: multi-token prediction drafts behind the actual outcome; use all")
-        self.policy = Automatic(self.block, latency, self.drafter)
+        self.policy = Automatic(self.block, curves, self.drafter)
         self._drafts_all = True
 
     # whole continuations
@@ -213,7 +213,8 @@ class Engine:
             return Drafting(1, drafter=self.drafter)
         if request.params.rule == "mixed":
             return Drafting.of(self.block, "all", self.drafter)
-        return self.policy.drafting(len(self.running), not request.params.is_greedy)
+        length = sum(r.length for r in self.running) // len(self.running)
+        return self.policy.drafting(len(self.running), not request.params.is_greedy, length)
 
     def _turns(self) -> list[tuple[Request, Work]]:
         """What each running request does next; joining ones share the prompt tokens of a forward in their order."""

@@ -1,7 +1,8 @@
-"""The machine's latency curve: how long one forward takes against its number of rows, measured once and kept.
+"""The machine's latency curves: how long one forward takes against its number of rows, behind a few and behind many
+committed tokens, measured once and kept.
 
 `tidar bench slots` measures it and stores it in the run folder, beside the checkpoints; the engine reads it to choose
-how far to draft (`outcomes.py`). A curve belongs to one model on one kind of machine in one layout: `key` says which.
+how far to draft (`outcomes.py`). Curves belong to one model on one kind of machine in one layout: `key` says which.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import statistics
 import time
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,12 +22,14 @@ from tidar_mega.decode.sampling import SamplingParams, choose
 
 FILE = "latency.json"
 MOST = 1024  # rows of a measured forward; beyond, the last slope goes on
+PREFIXES = (64, 1024)  # committed tokens of each request
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 40, 72, 136, 272)
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Seconds, by linear interpolation between measured points (and beyond them by the last slope).
+    """Seconds behind so many committed tokens, by linear interpolation between measured points (and beyond them by the
+    last slope).
 
     step    for each number of requests: (rows of each request, seconds of a forward that chooses one token per request)
     head    (rows, seconds) of logits and greedy choice; sampled  the same with noise
@@ -44,6 +48,32 @@ class Latency:
         seconds = _interpolate(self.step[near], max(rows / near, 1.0)) - _interpolate(self.head, near)
         seconds += _interpolate(head, first)
         return seconds + (_interpolate(head, second) if second else 0.0)
+
+
+@dataclass(frozen=True)
+class Curves:
+    """A curve for each of some numbers of committed tokens, measured with the same rows and requests."""
+
+    by_prefix: dict[int, Latency]
+
+    @property
+    def most_requests(self) -> int:
+        return max(max(curve.step) for curve in self.by_prefix.values())
+
+    def at(self, length: int) -> Latency:
+        """The curve behind `length` committed tokens of each request, between the measured ones; before the first, the
+        first."""
+        prefixes = sorted(self.by_prefix)
+        curves, length = [self.by_prefix[prefix] for prefix in prefixes], max(length, prefixes[0])
+
+        def between(seconds: Sequence[float]) -> float:
+            return _interpolate(list(zip(prefixes, seconds, strict=True)), length)
+
+        step = {}
+        for n in curves[0].step:
+            of_rows = zip(*(curve.step[n] for curve in curves), strict=True)
+            step[n] = [(points[0][0], between([seconds for _, seconds in points])) for points in of_rows]
+        return Latency(step, curves[0].head, curves[0].sampled)
 
 
 def _interpolate(points: list[tuple[float, float]], x: float) -> float:
@@ -109,19 +139,25 @@ def key(forwards: Forwards) -> str:
     return f"{kind}, {sizes}, tensor {model.tensor.size()}, pipeline {model.pipeline.size()}"
 
 
-def save(folder: Path, name: str, latency: Latency) -> Path:
-    """Adds a curve to those of the run folder."""
+def save(folder: Path, name: str, curves: Curves) -> Path:
+    """Adds what was measured to the file of the run folder."""
     path = folder / FILE
     found = json.loads(path.read_text()) if path.exists() else {}
     new = path.with_suffix(".new")
-    new.write_text(json.dumps(found | {name: asdict(latency)}, indent=1) + "\n")
+    kept = {"by_prefix": {str(prefix): asdict(curve) for prefix, curve in curves.by_prefix.items()}}
+    new.write_text(json.dumps(found | {name: kept}, indent=1) + "\n")
     new.replace(path)
     return path
 
 
-def load(folder: Path, name: str) -> Latency | None:
+def load(folder: Path, name: str) -> Curves | None:
+    """None if nothing was measured there, or by a version that knew one prefix alone."""
     path = folder / FILE
-    found = json.loads(path.read_text()).get(name) if path.exists() else None
-    if found is None:
+    found = json.loads(path.read_text()).get(name, {}) if path.exists() else {}
+    if "by_prefix" not in found:
         return None
-    return Latency({int(n): points for n, points in found["step"].items()}, found["head"], found["sampled"])
+    return Curves({int(prefix): _latency(curve) for prefix, curve in found["by_prefix"].items()})
+
+
+def _latency(curve: dict) -> Latency:
+    return Latency({int(n): points for n, points in curve["step"].items()}, curve["head"], curve["sampled"])

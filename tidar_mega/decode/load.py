@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from tidar_mega.config import Config, ConfigError, UserError
 from tidar_mega.data.tokenizer import Tokenizer
 from tidar_mega.decode import latency
 from tidar_mega.decode.engine import Engine
-from tidar_mega.decode.latency import Latency
+from tidar_mega.decode.latency import PREFIXES, Curves
 from tidar_mega.decode.sampling import SamplingParams
 from tidar_mega.model import gpt
 from tidar_mega.model.gpt import HybridGPT
@@ -50,27 +51,28 @@ class Loaded:
             threshold=d.threshold,
         )
 
-    def latency(self) -> Latency:
-        """The latency curve of this machine: the stored one, or measured and stored now."""
+    def latency(self) -> Curves:
+        """The latency curves of this machine: the stored ones, or measured and stored now."""
         stored = self.mesh.same(latency.load(self.run_folder, latency.key(self.engine.forwards)))
-        if stored is not None and max(stored.step) >= self.config.decode.batch:
+        if stored is not None and stored.most_requests >= self.config.decode.batch:
             return stored
         if self.mesh.is_main:
             print(f"measuring how long forwards take here; kept in {self.run_folder / latency.FILE}", file=sys.stderr)
         return self.measure_latency()[0]
 
-    def measure_latency(self, prefix: int = 512, repeats: int = 5) -> tuple[Latency, Path]:
-        """Measures the curve behind `prefix` committed tokens and stores it in the run folder. Collective."""
+    def measure_latency(self, prefixes: Sequence[int] = PREFIXES, repeats: int = 5) -> tuple[Curves, Path]:
+        """Measures the curves behind so many committed tokens and stores them in the run folder. Collective."""
         e, d = self.engine, self.config.decode
         rows = min(e.block * (e.block + 1), MOST_ROWS)
         sizes = sorted({n for n in (1, 2, 4, 8, 16, 32, 64) if n < d.batch} | {d.batch})
-        room = d.batch * (prefix + rows + 64)
+        room = d.batch * (max(prefixes) + rows + 64)
         bare = Engine(e.model, self.tokenizer, e.block, d.capacity, batch=d.batch, cache_tokens=room)
-        curve = self.mesh.same(latency.measure(bare.forwards, sizes, rows, prefix, repeats))
+        found = {prefix: latency.measure(bare.forwards, sizes, rows, prefix, repeats) for prefix in prefixes}
+        curves = self.mesh.same(Curves(found))
         path = self.run_folder / latency.FILE
         if self.mesh.is_main:
-            latency.save(self.run_folder, latency.key(e.forwards), curve)
-        return curve, path
+            latency.save(self.run_folder, latency.key(e.forwards), curves)
+        return curves, path
 
     @property
     def run_folder(self) -> Path:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from tidar_mega.config import UserError
 from tidar_mega.decode.forward import Plan
-from tidar_mega.decode.latency import Latency
+from tidar_mega.decode.latency import Curves, Latency
 from tidar_mega.methods import IN_PLACE, Drafter
 
 TRIAL = 24  # whole drafts verified before a shorter one is thought of: they show the acceptance of every slot
@@ -75,24 +75,24 @@ class Fixed:
     def __init__(self, drafting: Drafting) -> None:
         self.most = drafting
 
-    def drafting(self, requests: int, sampled: bool) -> Drafting:
+    def drafting(self, requests: int, sampled: bool, length: int) -> Drafting:
         return self.most
 
     def observe(self, draft: int, accepted: int) -> None: ...
 
 
 class Automatic:
-    """Chooses B and G for the number of requests that run: the most expected tokens per second, from the machine's
-    latency curve and the running acceptance of each slot. B goes up to `block`, and down to 1, plain AR.
+    """Chooses B and G for the number of requests that run and their mean length: the most expected tokens per second,
+    from the machine's latency curves and the running acceptance of each slot. B goes up to `block`, and down to 1, AR.
 
     A function of what it was told alone, so that all ranks choose alike.
     """
 
-    def __init__(self, block: int, latency: Latency, drafter: Drafter = IN_PLACE) -> None:
-        self.most, self.latency = Drafting.of(block, "all", drafter), latency
+    def __init__(self, block: int, curves: Curves, drafter: Drafter = IN_PLACE) -> None:
+        self.most, self.curves = Drafting.of(block, "all", drafter), curves
         self.tested, self.passed = [0.0] * (block + 1), [0.0] * (block + 1)  # by slot, from 1
         self.seen = 0
-        self.chosen: dict[tuple[int, bool, bool], tuple[int, Drafting]] = {}
+        self.chosen: dict[tuple[int, bool, int, bool], tuple[int, Drafting]] = {}
 
     def observe(self, draft: int, accepted: int) -> None:
         """Of a draft of `draft` tokens, `accepted` (1..draft) were kept: that many slots but one passed their test."""
@@ -103,24 +103,24 @@ class Automatic:
             self.tested[slot] = MEMORY * self.tested[slot] + 1
             self.passed[slot] = MEMORY * self.passed[slot] + (slot < accepted)
 
-    def drafting(self, requests: int, sampled: bool) -> Drafting:
+    def drafting(self, requests: int, sampled: bool, length: int) -> Drafting:
         block = self.most.block
         sizes = sorted({1, block, *(2**i for i in range(1, block.bit_length()) if 2**i <= block)})
-        key = (requests, sampled, self.seen < TRIAL)
+        key = (requests, sampled, length.bit_length(), self.seen < TRIAL)
         when, drafting = self.chosen.get(key, (0, None))
         if drafting is None or self.seen >= when + RECHOOSE:
-            drafting = self._best(requests, sampled, [block] if self.seen < TRIAL else sizes)
+            drafting = self._best(requests, sampled, self.curves.at(length), [block] if self.seen < TRIAL else sizes)
             self.chosen[key] = self.seen, drafting
         return drafting
 
-    def _best(self, requests: int, sampled: bool, sizes: list[int]) -> Drafting:
+    def _best(self, requests: int, sampled: bool, latency: Latency, sizes: list[int]) -> Drafting:
         choices = []
         for size in sizes:
             outcome = outcome_probabilities(self.acceptance[: size - 1])
             likeliest = sorted(range(1, size + 1), key=lambda r, p=outcome: -p[r - 1])
             counts = range(size + 1) if size > 1 else [0]
             choices += [Drafting(size, tuple(sorted(likeliest[:count])), self.most.drafter) for count in counts]
-        return max(choices, key=lambda d: speed(d, self.acceptance, self.latency, requests, sampled))
+        return max(choices, key=lambda d: speed(d, self.acceptance, latency, requests, sampled))
 
     @property
     def acceptance(self) -> list[float]:
