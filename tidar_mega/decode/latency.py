@@ -22,6 +22,7 @@ from tidar_mega.decode.sampling import SamplingParams, choose
 
 FILE = "latency.json"
 MOST = 1024  # rows of a measured forward; beyond, the last slope goes on
+BURST = 5  # of one size in a row
 PREFIXES = (64, 1024)  # committed tokens of each request
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 40, 72, 136, 272)
 
@@ -121,13 +122,15 @@ def _head(forwards: Forwards, rows: int, temperature: float):
 
 
 def _medians(jobs: dict, repeats: int) -> dict:
+    """Each several times in a row, as decoding does: behind one of another size, a small one finds the caches cold."""
     times: dict = {key: [] for key in jobs}
-    for repeat in range(repeats + 1):  # the first is a warm-up
+    for _ in range(repeats):
         for key, job in jobs.items():
-            started = time.perf_counter()
-            job()
-            if repeat:
-                times[key].append(time.perf_counter() - started)
+            for again in range(BURST):
+                started = time.perf_counter()
+                job()
+                if again:  # the first is a warm-up
+                    times[key].append(time.perf_counter() - started)
     return {key: statistics.median(found) for key, found in times.items()}
 
 
