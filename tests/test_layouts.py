@@ -130,13 +130,13 @@ class Result:
     has_head: bool
 
 
-def train(rank: int, configs: list[config_module.Config]) -> list[Result]:
+def train(rank: int, configs: list[config_module.Config], steps: int = STEPS) -> list[Result]:
     results = []
     for config in configs:
         trainer = Trainer(config)
         first = trainer.step()
         gradients = trainer.gradients
-        figures = [first, *(trainer.step() for _ in range(STEPS - 1))]
+        figures = [first, *(trainer.step() for _ in range(steps - 1))]
         results.append(Result(figures, gradients, trainer.mesh.tensor.rank(), trainer.mesh.has_head))
     return results
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from tests import processes
-from tests.test_layouts import ALONE, GRADIENT, LAYOUTS, LOSS, Result, Trainer, compare, load_and_go_on, save_and_go_on
+from tests.test_layouts import ALONE, GRADIENT, LAYOUTS, LOSS, compare, load_and_go_on, save_and_go_on, train
 from tests.test_layouts import settings as tidar_settings
 from tests.test_main_job import make_corpus
 from tidar_mega import config as config_module
 
 pytestmark = pytest.mark.distributed
+STEPS = 3
 METHODS = ("masked_diffusion", "ssmd", "mtp")
 
 
@@ -24,18 +25,6 @@ def settings(corpus: Path, layout: tuple, method: str, **more) -> config_module.
         config = replace(config, model=replace(config.model, mtp_num_layers=2))
     config_module.check(config)
     return config
-
-
-def train(rank: int, configs: list[config_module.Config]) -> list[Result]:
-    """Three steps with each config."""
-    results = []
-    for config in configs:
-        trainer = Trainer(config)
-        first = trainer.step()
-        gradients = trainer.gradients
-        figures = [first, trainer.step(), trainer.step()]
-        results.append(Result(figures, gradients, trainer.mesh.tensor.rank(), trainer.mesh.has_head))
-    return results
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +37,14 @@ def corpus(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def alone(corpus) -> dict:
     configs = [settings(corpus, ALONE, method) for method in METHODS]
-    return dict(zip(METHODS, processes.run(train, 1, configs)[0], strict=True))
+    return dict(zip(METHODS, processes.run(train, 1, configs, STEPS)[0], strict=True))
 
 
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != ALONE], ids=str)
 def test_a_layout_equals_one_process(layout, corpus, alone):
     size = layout[0] * layout[1] * layout[3] * layout[4]
     configs = [settings(corpus, layout, method) for method in alone]
-    results = zip(*processes.run(train, size, configs), strict=True)
+    results = zip(*processes.run(train, size, configs, STEPS), strict=True)
     for got, (method, expected) in zip(results, alone.items(), strict=True):
         figures, gradients = compare(got, [expected])
         assert figures < LOSS, method
@@ -65,7 +54,7 @@ def test_a_layout_equals_one_process(layout, corpus, alone):
 @pytest.mark.parametrize("recompute", ["full", "selective"])
 def test_recomputing_and_overlap_change_nothing(recompute, corpus, alone):
     more = {"recompute": recompute, "overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_size": 10_000}
-    (got,) = zip(*processes.run(train, 2, [settings(corpus, (1, 1, 1, 1, 2), "ssmd", **more)]), strict=True)
+    (got,) = zip(*processes.run(train, 2, [settings(corpus, (1, 1, 1, 1, 2), "ssmd", **more)], STEPS), strict=True)
     figures, gradients = compare(got, [alone["ssmd"]])
     assert figures < LOSS
     assert gradients < GRADIENT

@@ -212,7 +212,7 @@ class Forwards:
                 empty.append([Result(plan.clean, [], []) for _ in batch])
             first += len(batch) * plan.rows
         decisions = None if hidden_T1D is None else self.decide(hidden_T1D[:, 0], groups)
-        if decisions is not None and self.speculator:
+        if decisions is not None and self.speculator and batches[0][0].plan.drafter.depths:
             decisions = self.speculator.draft(hidden_T1D[:, 0], batches, groups, decisions)
         chosen, others = iter(self._share(groups, decisions)), iter(empty)
         return [next(chosen if batch[0].plan.choices else others) for batch in batches]

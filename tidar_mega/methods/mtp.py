@@ -1,9 +1,9 @@
 """Multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2): layers behind the backbone draft in turn.
 
-Depth k = 1..D is one layer of megatron-core's multi-token-prediction block (`model/multi_token.py`). Its row of place i
-is made from the hidden state of place i at depth k - 1 and the token of place i + k, sees the rows of its depth up to
-i, and predicts the token of place i + k + 1 through the shared head. Decoding drafts with the depths one after another
-and verifies with the backbone (`decode/multi_token.py`): self-speculation, whose output is AR's.
+Depth k = 1..D is one layer of megatron-core's multi-token-prediction block (`MultiTokenGPT` in `model/gpt.py`). Its row
+of place i is made from the hidden state of place i at depth k - 1 and the token of place i + k, sees the rows of its
+depth up to i, and predicts the token of place i + k + 1 through the shared head. Decoding drafts with the depths one
+after another and verifies with the backbone (`decode/multi_token.py`): self-speculation, whose output is AR's.
 
 A sequence has (1 + D) S rows: S for the backbone, clean, then S for each depth, a causal group of each document.
 
