@@ -10,7 +10,10 @@ import os
 import shutil
 import signal
 import subprocess
+import time
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -19,7 +22,7 @@ import torch.distributed as dist
 from tests import processes
 from tests.test_training_step import MASK, SEQUENCES, VOCAB, Text, settings
 from tidar_mega import config as config_module
-from tidar_mega.checkpoint import store
+from tidar_mega.checkpoint import store, writing
 from tidar_mega.checkpoint.store import CheckpointError, CheckpointStore
 
 pytestmark = pytest.mark.distributed
@@ -391,18 +394,34 @@ def test_resolve_takes_a_run_its_checkpoints_or_one_of_them(copy, tmp_path):
 # Writing beside the training
 
 
+@contextmanager
+def held_writers(release: Path):
+    """The writers that are forked in here wait for `release` to be made; stopping them from outside could be late."""
+
+    def write(*args):
+        while not release.exists():
+            time.sleep(0.01)
+        return write_file(*args)
+
+    write_file = writing._write_file
+    with mock.patch.object(writing, "_write_file", write):
+        yield
+
+
 def train_during_a_write(rank: int, config, folder: Path):
-    """Three steps while the writers of step 3 are stopped: (figures, what was published meanwhile, in the end)."""
+    """Three steps while the writers of step 3 are held: (figures, what was published meanwhile, in the end)."""
     trainer = Trainer(config, folder)
     trainer.steps(3)
-    trainer.begin()
-    os.kill(trainer.writer.pid, signal.SIGSTOP)
+    release = folder / "release"
+    with held_writers(release):
+        trainer.begin()
     figures, meanwhile = [], []
     for _ in range(3):
         meanwhile.append(trainer.checkpoints.finish(trainer.mesh, wait=False))
         figures += trainer.steps(1)
     meanwhile += trainer.checkpoints.published()
-    os.kill(trainer.writer.pid, signal.SIGCONT)
+    dist.barrier()
+    release.touch()
     return figures, meanwhile, trainer.checkpoints.finish(trainer.mesh, wait=True)
 
 
@@ -411,9 +430,13 @@ def kill_a_writer(rank: int, folder: Path):
     trainer.steps(1)
     first = trainer.save()
     trainer.steps(1)
-    trainer.begin()
+    release = folder / "release"
+    with held_writers(release):
+        trainer.begin()
     if rank == 1:
         os.kill(trainer.writer.pid, signal.SIGKILL)
+    dist.barrier()
+    release.touch()
     with pytest.raises(CheckpointError) as error:
         trainer.checkpoints.finish(trainer.mesh, wait=True)
     store.read_meta(first)
