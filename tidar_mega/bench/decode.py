@@ -55,6 +55,8 @@ def run(args: argparse.Namespace) -> dict:
     data = loaded.config.data
     stream = open_stream(data.path, "validation", data.seq_length, loaded.config.train.seed)
     prompts = held_out_prompts(stream, args.prompts, args.prompt_tokens)
+    if "auto" in args.outcomes:  # measured once, as far as is needed
+        loaded.latency(max(args.blocks))
     with tempfile.TemporaryDirectory() as folder:
         peer = None if args.no_peers else _peer(loaded, Path(folder))
         figures = compare(loaded, prompts, args, peer)
@@ -198,7 +200,7 @@ def _engine(kind: type[Engine], loaded: Loaded, model, batch: int, block: int, o
         drafter=loaded.engine.drafter,
     )
     if outcomes == "auto":
-        engine.choose_outcomes(loaded.latency())
+        engine.choose_outcomes(loaded.latency(block))
     return engine
 
 

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict:
     """Measures the curves for the engine that decode.* describes and stores them; their figures. Raises UserError."""
     loaded = load_engine(args.checkpoint, [*args.overrides, "decode.outcomes=all"])
-    curves, path = loaded.measure_latency(args.prefixes, args.repeats)
+    curves, path = loaded.measure_latency(loaded.engine.block, args.prefixes, args.repeats)
     figures = {
         "key": latency.key(loaded.engine.forwards),
         "file": str(path),
@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> dict:
 def _figures(curve: latency.Latency) -> dict:
     return {
         "step": {str(n): points for n, points in curve.step.items()},
+        "fused": {str(n): points for n, points in curve.fused.items()},
         "head": curve.head,
         "sampled": curve.sampled,
         "slots": {str(n): free_slots(points) for n, points in curve.step.items()},

@@ -12,17 +12,20 @@ import statistics
 import time
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
+from tidar_mega.decode.cache import Slots
 from tidar_mega.decode.forward import Forwards, Plan, Work
 from tidar_mega.decode.sampling import SamplingParams, choose
+from tidar_mega.methods import Drafter
 
 FILE = "latency.json"
+FORMAT = 2
 MOST = 1024  # rows of a measured forward; beyond, the last slope goes on
-BURST = 5  # of one size in a row
+BURST, BURST_SECONDS = 16, 0.1  # of one size in a row
 PREFIXES = (64, 1024)  # committed tokens of each request
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 40, 72, 136, 272)
 
@@ -33,22 +36,25 @@ class Latency:
     last slope).
 
     step    for each number of requests: (rows of each request, seconds of a forward that chooses one token per request)
+    fused   likewise of forwards that verify drafts and make the next, but for their two heads; as far as `longest`
     head    (rows, seconds) of logits and greedy choice; sampled  the same with noise
     """
 
     step: dict[int, list[tuple[float, float]]]
+    fused: dict[int, list[tuple[float, float]]]
     head: list[tuple[float, float]]
     sampled: list[tuple[float, float]]
+    longest: int
 
     def seconds(self, requests: int, rows: float, first: float, second: float, sampled: bool) -> float:
         """One forward of `rows` rows in all, with the head on `first` rows and then on `second`."""
         sizes = sorted(self.step)
         near = sizes[min(bisect_left(sizes, requests), len(sizes) - 1)]
+        each = max(rows / near, 1.0)  # more or fewer requests than were measured: as many rows, of the nearest number
         head = self.sampled if sampled else self.head
-        # more or fewer requests than were measured: as many rows, of the nearest number of requests
-        seconds = _interpolate(self.step[near], max(rows / near, 1.0)) - _interpolate(self.head, near)
-        seconds += _interpolate(head, first)
-        return seconds + (_interpolate(head, second) if second else 0.0)
+        if second:
+            return _interpolate(self.fused[near], each) + _interpolate(head, first) + _interpolate(head, second)
+        return _interpolate(self.step[near], each) - _interpolate(self.head, near) + _interpolate(head, first)
 
 
 @dataclass(frozen=True)
@@ -57,9 +63,9 @@ class Curves:
 
     by_prefix: dict[int, Latency]
 
-    @property
-    def most_requests(self) -> int:
-        return max(max(curve.step) for curve in self.by_prefix.values())
+    def cover(self, requests: int, block: int) -> bool:
+        curves = self.by_prefix.values()
+        return all(max(curve.step) >= requests and curve.longest >= block for curve in curves)
 
     def at(self, length: int) -> Latency:
         """The curve behind `length` committed tokens of each request, between the measured ones; before the first, the
@@ -67,14 +73,21 @@ class Curves:
         prefixes = sorted(self.by_prefix)
         curves, length = [self.by_prefix[prefix] for prefix in prefixes], max(length, prefixes[0])
 
-        def between(seconds: Sequence[float]) -> float:
-            return _interpolate(list(zip(prefixes, seconds, strict=True)), length)
+        def between(tables: list[dict[int, list[tuple[float, float]]]]) -> dict[int, list[tuple[float, float]]]:
+            found: dict[int, list[tuple[float, float]]] = {}
+            for n in tables[0]:
+                for points in zip(*(table[n] for table in tables), strict=True):
+                    of_prefix = list(zip(prefixes, [seconds for _, seconds in points], strict=True))
+                    found.setdefault(n, []).append((points[0][0], _interpolate(of_prefix, length)))
+            return found
 
-        step = {}
-        for n in curves[0].step:
-            of_rows = zip(*(curve.step[n] for curve in curves), strict=True)
-            step[n] = [(points[0][0], between([seconds for _, seconds in points])) for points in of_rows]
-        return Latency(step, curves[0].head, curves[0].sampled)
+        step, fused = between([curve.step for curve in curves]), between([curve.fused for curve in curves])
+        return replace(curves[0], step=step, fused=fused)
+
+
+def draft_lengths(block: int) -> list[int]:
+    """Those that are measured and chosen from, but for 1, plain AR: powers of two, and `block`."""
+    return sorted({block, *(2**i for i in range(1, block.bit_length()) if 2**i <= block)} - {1})
 
 
 def _interpolate(points: list[tuple[float, float]], x: float) -> float:
@@ -86,29 +99,60 @@ def _interpolate(points: list[tuple[float, float]], x: float) -> float:
 
 
 @torch.inference_mode()
-def measure(forwards: Forwards, requests: list[int], rows: int, prefix: int, repeats: int = 5) -> Latency:
-    """Forwards of up to `rows` rows for each of some numbers of requests, behind `prefix` committed tokens each.
+def measure(
+    forwards: Forwards, requests: list[int], block: int, drafter: Drafter, prefix: int, repeats: int = 5
+) -> Latency:
+    """Forwards for each of some numbers of requests, behind `prefix` committed tokens each, with drafts of up to
+    `block` tokens.
 
     The cache must hold them. Medians; the sizes are measured in turn, so that a slow moment does not bend the curve.
     """
-    cache, params = forwards.cache, SamplingParams()
-    sizes = [r for r in ROWS if r < rows] + [rows]
-    held = [cache.take(prefix + rows) for _ in range(max(requests))]
+    most = most_rows(block)
+    plain = [Plan(r, 1) for r in [*(r for r in ROWS if r < most), most]]
+    drafting = [
+        Plan(clean, clean, outcomes, b, drafter=drafter)
+        for b in ([] if drafter.depths else draft_lengths(block))  # layers that draft have no outcomes to choose
+        for clean, outcomes in ((b, tuple(range(1, b + 1))), (b, (b,)), (1, (1,)))
+    ]
+    heads = {(r, t): _head(forwards, r, t) for r in ROWS for t in (0.0, 1.0)}
+    found = _medians(heads, repeats)
+    head, sampled = ([(r, found[r, t]) for r in ROWS] for t in (0.0, 1.0))
+    held = [forwards.cache.take(prefix + max(most, block)) for _ in range(max(requests))]
     assert None not in held, "the cache is too small for the measurement"
     jobs = {
-        (n, r): [Work(Plan(r, 1), [0] * r, slots, prefix, params) for slots in held[:n]]
+        (n, plan): _forward(forwards, plan, held[:n], prefix)
         for n in requests
-        for r in sizes
-        if r <= 16 or n * r <= MOST
+        for plan in (*plain, *drafting)
+        if plan.rows <= 16 or n * plan.rows <= MOST
     }
-    step = _medians({key: lambda works=works: forwards.run(works) for key, works in jobs.items()}, repeats)
+    found = _medians(jobs, repeats)
     for slots in held:
-        cache.give_back(slots)
-    curves = []
-    for temperature in (0.0, 1.0):
-        found = _medians({r: _head(forwards, r, temperature) for r in ROWS}, repeats)
-        curves.append(sorted(found.items()))
-    return Latency({n: [(r, step[n, r]) for r in sizes if (n, r) in step] for n in requests}, *curves)
+        forwards.cache.give_back(slots)
+    step = {n: [(plan.rows, found[n, plan]) for plan in plain if (n, plan) in found] for n in requests}
+    fused: dict[int, list[tuple[float, float]]] = {n: [] for n in requests}
+    for (n, plan), seconds in found.items():
+        if plan.outcomes:
+            heads_too = _interpolate(head, n * plan.choosing) + _interpolate(head, n * (plan.slots - 1))
+            fused[n].append((plan.rows, seconds - heads_too))
+    return Latency(step, {n: _curve(points) for n, points in fused.items()}, head, sampled, block)
+
+
+def most_rows(block: int) -> int:
+    """Of a request in a measured forward."""
+    return min(block * (block + 1), ROWS[-1])
+
+
+def _forward(forwards: Forwards, plan: Plan, held: Sequence[Slots], prefix: int):
+    works = [Work(plan, [0] * plan.clean, slots, prefix, SamplingParams()) for slots in held]
+    return lambda: forwards.run(works)
+
+
+def _curve(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """In the order of rows; one point for each number of rows."""
+    by_rows: dict[float, list[float]] = {}
+    for rows, seconds in sorted(points):
+        by_rows.setdefault(rows, []).append(seconds)
+    return [(rows, statistics.mean(seconds)) for rows, seconds in by_rows.items()]
 
 
 def _head(forwards: Forwards, rows: int, temperature: float):
@@ -122,15 +166,18 @@ def _head(forwards: Forwards, rows: int, temperature: float):
 
 
 def _medians(jobs: dict, repeats: int) -> dict:
-    """Each several times in a row, as decoding does: behind one of another size, a small one finds the caches cold."""
+    """Each many times in a row, as decoding does: behind one of another size, a small one finds the caches cold."""
     times: dict = {key: [] for key in jobs}
     for _ in range(repeats):
         for key, job in jobs.items():
-            for again in range(BURST):
-                started = time.perf_counter()
+            job()  # a warm-up
+            began = started = time.perf_counter()
+            for _ in range(BURST):
                 job()
-                if again:  # the first is a warm-up
-                    times[key].append(time.perf_counter() - started)
+                started, before = time.perf_counter(), started
+                times[key].append(started - before)
+                if started - began > BURST_SECONDS:
+                    break
     return {key: statistics.median(found) for key, found in times.items()}
 
 
@@ -147,20 +194,21 @@ def save(folder: Path, name: str, curves: Curves) -> Path:
     path = folder / FILE
     found = json.loads(path.read_text()) if path.exists() else {}
     new = path.with_suffix(".new")
-    kept = {"by_prefix": {str(prefix): asdict(curve) for prefix, curve in curves.by_prefix.items()}}
+    kept = {"format": FORMAT, "by_prefix": {str(prefix): asdict(curve) for prefix, curve in curves.by_prefix.items()}}
     new.write_text(json.dumps(found | {name: kept}, indent=1) + "\n")
     new.replace(path)
     return path
 
 
 def load(folder: Path, name: str) -> Curves | None:
-    """None if nothing was measured there, or by a version that knew one prefix alone."""
+    """None if nothing was measured there, or by another version."""
     path = folder / FILE
     found = json.loads(path.read_text()).get(name, {}) if path.exists() else {}
-    if "by_prefix" not in found:
+    if found.get("format") != FORMAT:
         return None
     return Curves({int(prefix): _latency(curve) for prefix, curve in found["by_prefix"].items()})
 
 
 def _latency(curve: dict) -> Latency:
-    return Latency({int(n): points for n, points in curve["step"].items()}, curve["head"], curve["sampled"])
+    tables = {name: {int(n): points for n, points in curve[name].items()} for name in ("step", "fused")}
+    return Latency(**{**curve, **tables})

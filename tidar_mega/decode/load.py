@@ -24,8 +24,6 @@ from tidar_mega.model.gpt import HybridGPT
 from tidar_mega.model.inference import InferenceModel
 from tidar_mega.parallel.mesh import Mesh, build_mesh
 
-MOST_ROWS = 272  # of a request in a measured forward: a draft of 16 behind all of its outcomes
-
 
 @dataclass(frozen=True)
 class Loaded:
@@ -51,23 +49,25 @@ class Loaded:
             threshold=d.threshold,
         )
 
-    def latency(self) -> Curves:
-        """The latency curves of this machine: the stored ones, or measured and stored now."""
+    def latency(self, block: int) -> Curves:
+        """The latency curves of this machine, as far as drafts of `block` tokens: the stored ones, or measured and
+        stored now."""
         stored = self.mesh.same(latency.load(self.run_folder, latency.key(self.engine.forwards)))
-        if stored is not None and stored.most_requests >= self.config.decode.batch:
+        if stored is not None and stored.cover(self.config.decode.batch, block):
             return stored
         if self.mesh.is_main:
             print(f"measuring how long forwards take here; kept in {self.run_folder / latency.FILE}", file=sys.stderr)
-        return self.measure_latency()[0]
+        return self.measure_latency(block)[0]
 
-    def measure_latency(self, prefixes: Sequence[int] = PREFIXES, repeats: int = 5) -> tuple[Curves, Path]:
+    def measure_latency(self, block: int, prefixes: Sequence[int] = PREFIXES, repeats: int = 5) -> tuple[Curves, Path]:
         """Measures the curves behind so many committed tokens and stores them in the run folder. Collective."""
         e, d = self.engine, self.config.decode
-        rows = min(e.block * (e.block + 1), MOST_ROWS)
         sizes = sorted({n for n in (1, 2, 4, 8, 16, 32, 64) if n < d.batch} | {d.batch})
-        room = d.batch * (max(prefixes) + rows + 64)
-        bare = Engine(e.model, self.tokenizer, e.block, d.capacity, batch=d.batch, cache_tokens=room)
-        found = {prefix: latency.measure(bare.forwards, sizes, rows, prefix, repeats) for prefix in prefixes}
+        room = d.batch * (max(prefixes) + max(latency.most_rows(block), block) + e.cache.page)
+        bare = Engine(e.model, self.tokenizer, block, d.capacity, d.batch, cache_tokens=room)
+        found = {
+            prefix: latency.measure(bare.forwards, sizes, block, e.drafter, prefix, repeats) for prefix in prefixes
+        }
         curves = self.mesh.same(Curves(found))
         path = self.run_folder / latency.FILE
         if self.mesh.is_main:
@@ -124,7 +124,7 @@ def load_engine(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     )
     loaded = Loaded(engine, tokenizer, config, checkpoint, mesh)
     if outcomes == "auto":
-        engine.choose_outcomes(loaded.latency())
+        engine.choose_outcomes(loaded.latency(engine.block))
     return loaded
 
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 from tidar_mega.config import UserError
 from tidar_mega.decode.forward import Plan
-from tidar_mega.decode.latency import Curves, Latency
+from tidar_mega.decode.latency import Curves, Latency, draft_lengths
 from tidar_mega.methods import IN_PLACE, Drafter
 
 TRIAL = 24  # whole drafts verified before a shorter one is thought of: they show the acceptance of every slot
+WORTH = 1.03  # drafting must promise this much over plain AR, the surest of all choices
 PRIOR = (0.8, 4.0)  # acceptance of a slot before it was seen, and how many tests that counts for
 RECHOOSE = 64  # drafts verified between two choices
 MEMORY = 0.998  # weight of the acceptance seen so far, for each further draft
@@ -104,12 +105,12 @@ class Automatic:
             self.passed[slot] = MEMORY * self.passed[slot] + (slot < accepted)
 
     def drafting(self, requests: int, sampled: bool, length: int) -> Drafting:
-        block = self.most.block
-        sizes = sorted({1, block, *(2**i for i in range(1, block.bit_length()) if 2**i <= block)})
         key = (requests, sampled, length.bit_length(), self.seen < TRIAL)
         when, drafting = self.chosen.get(key, (0, None))
         if drafting is None or self.seen >= when + RECHOOSE:
-            drafting = self._best(requests, sampled, self.curves.at(length), [block] if self.seen < TRIAL else sizes)
+            block = self.most.block
+            lengths = [block] if self.seen < TRIAL else [1, *draft_lengths(block)]
+            drafting = self._best(requests, sampled, self.curves.at(length), lengths)
             self.chosen[key] = self.seen, drafting
         return drafting
 
@@ -120,7 +121,12 @@ class Automatic:
             likeliest = sorted(range(1, size + 1), key=lambda r, p=outcome: -p[r - 1])
             counts = range(size + 1) if size > 1 else [0]
             choices += [Drafting(size, tuple(sorted(likeliest[:count])), self.most.drafter) for count in counts]
-        return max(choices, key=lambda d: speed(d, self.acceptance, latency, requests, sampled))
+
+        def promise(drafting: Drafting) -> float:
+            worth = WORTH if drafting.block == 1 else 1.0
+            return worth * speed(drafting, self.acceptance, latency, requests, sampled)
+
+        return max(choices, key=promise)
 
     @property
     def acceptance(self) -> list[float]:
