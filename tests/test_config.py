@@ -26,6 +26,8 @@ BAD = {
     "oops": "key=value",
     "train.alpha=0": "above 0",
     "optimizer.beta1=1.5": "below 1",
+    "decode.stop=[a": "quote its value",
+    "run_dir=a: b: c": "quote its value",
 }
 
 

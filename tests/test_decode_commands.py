@@ -144,6 +144,10 @@ def test_a_trace_shows_drafts_and_corrections(work):
     here(work, "generate", "run", "--prompt", PROMPT, "--trace", "trace.html", "decode.max_tokens=20")
     page = (work / "trace.html").read_text()
     assert page.startswith("<!doctype html>") and page.count('<span class="ar">') > 3
+    blocks = ("decode.max_tokens=20", "decode.mode=blocks", "--json", "blocks.json")
+    here(work, "generate", "run", "--prompt", PROMPT, "--trace", "blocks.html", *blocks)
+    drawn = (work / "blocks.html").read_text().count('<span class="drawn">')
+    assert drawn == 1 + len(sum(json.loads((work / "blocks.json").read_text())["commits"], [])), "all, and the legend"
 
 
 def test_what_is_not_exact_is_said(work):

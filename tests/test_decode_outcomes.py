@@ -11,7 +11,7 @@ from tests.test_decode_requests import PROMPTS, SAMPLED, engine, model  # noqa: 
 from tidar_mega.config import UserError
 from tidar_mega.decode import latency as latency_module
 from tidar_mega.decode.latency import Curves, Latency
-from tidar_mega.decode.outcomes import PRIOR, WORTH, Automatic, Drafting, outcome_probabilities, speed
+from tidar_mega.decode.outcomes import PRIOR, WORTH, Automatic, Drafting, _binomial, outcome_probabilities, speed
 from tidar_mega.methods import IN_PLACE
 
 
@@ -58,6 +58,13 @@ def test_the_expected_speed_is_that_of_a_simulation(requests, outcomes):
 def test_plain_ar_is_one_row_of_each_request():
     assert speed(Drafting(1), [], curve(0.1), 4, False) == pytest.approx(4 / (1 + 0.4 + 0.05 + 0.04))
     assert speed(Drafting(1), [], curve(0.1), 4, True) == pytest.approx(4 / (1 + 0.4 + 2 * (0.05 + 0.04)))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
+def test_chances_of_many_requests_are_finite(p):
+    found = [_binomial(5000, c, p) for c in range(5001)]
+    assert sum(found) == pytest.approx(1) and sum(c * f for c, f in enumerate(found)) == pytest.approx(5000 * p)
+    assert speed(Drafting.of(4, "last"), [0.9, 0.6, 0.8], curve(0.03), 5000, False) > 0
 
 
 def test_outcomes_are_a_distribution():
@@ -132,7 +139,7 @@ def test_an_engine_that_chooses_by_itself_gives_ar_output(model, per_row):  # no
     automatic.policy.drafting = seen
     for _ in range(2):
         assert [g.tokens for g in automatic.generate(prompts, params)] == expected
-    assert len(used) > (1 if per_row > 1e-6 else 0)
+    assert len(used) > (1 if per_row > 1e-6 else 0), used
 
 
 def test_a_curve_is_measured_and_kept(model, tmp_path):  # noqa: F811
@@ -152,6 +159,8 @@ def test_a_curve_is_measured_and_kept(model, tmp_path):  # noqa: F811
     latency_module.save(tmp_path, name, Curves({16: found}))
     stored = latency_module.load(tmp_path, name)
     assert stored.at(16).seconds(2, 40, 8, 6, True) == found.seconds(2, 40, 8, 6, True)
+    (tmp_path / latency_module.FILE).write_text("{")
+    assert latency_module.load(tmp_path, name) is None, "a damaged file is measured again"
     assert stored.cover(2, 4) and not stored.cover(3, 4) and not stored.cover(2, 5)
 
 

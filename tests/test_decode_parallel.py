@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -9,8 +10,10 @@ import pytest
 from tests import processes
 from tests.test_decode import Bytes, tiny_config
 from tidar_mega.config import ParallelConfig
+from tidar_mega.decode import latency
 from tidar_mega.decode.engine import Engine
 from tidar_mega.decode.sampling import SamplingParams
+from tidar_mega.methods import IN_PLACE
 from tidar_mega.model.gpt import build
 from tidar_mega.model.inference import InferenceModel
 from tidar_mega.parallel.mesh import build_mesh
@@ -36,6 +39,30 @@ def _decode(rank: int, tensor: int, pipeline: int) -> dict[str, list[list[int]]]
     engine = Engine(InferenceModel(model), Bytes(), block=4, capacity=128)
     found = {mode: [g.tokens for g in engine.generate(PROMPTS, PARAMS, mode)] for mode in ("fused", "ar")}
     return found | {"alone": [engine.generate([p], s)[0].tokens for p, s in zip(PROMPTS, PARAMS, strict=True)]}
+
+
+def _measure(rank: int, tensor: int, pipeline: int) -> bool:
+    """The second rank is slow, and would run fewer forwards than the first in the time of a burst."""
+    config = replace(tiny_config(), parallel=ParallelConfig(tensor=tensor, pipeline=pipeline))
+    build_mesh(config)
+    (model,) = build(config, Bytes.vocab_size, training=False)
+    engine = Engine(InferenceModel(model), Bytes(), block=2, capacity=128)
+    forwards, run = engine.forwards, engine.forwards.run
+
+    def slow(works):
+        time.sleep(0.002 * rank)
+        return run(works)
+
+    forwards.run = slow
+    latency.BURST_SECONDS = 0.01
+    found = latency.measure(forwards, [1, 2], block=2, drafter=IN_PLACE, prefix=8, repeats=2)
+    return all(seconds > 0 for points in found.step.values() for _, seconds in points)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("tensor, pipeline", [(2, 1), (1, 2)])
+def test_ranks_measure_as_often_as_one_another(tensor, pipeline):
+    assert all(processes.run(_measure, 2, tensor, pipeline, timeout_seconds=120))
 
 
 @pytest.mark.distributed

@@ -210,6 +210,53 @@ def test_the_stream_yields_what_generate_gives(model):
         assert commit.draft[0] == output[place - 1], "the draft starts with AR's own last choice"
 
 
+def test_streams_side_by_side_lose_nothing(model):
+    """Each steps the engine, and so the other's request."""
+    e = engine(model, batch=2)
+    expected = e.generate(PROMPTS[2:4], SAMPLED)
+    streams = [e.stream(prompt, SAMPLED) for prompt in PROMPTS[2:4]]
+    found = [[next(stream)] for stream in streams]
+    e.generate([PROMPTS[0]], SAMPLED)
+    for commits, stream in zip(found, streams, strict=True):
+        commits += stream
+    assert [[t for c in commits for t in c.tokens] for commits in found] == [g.tokens for g in expected]
+    assert [commits[-1].finished for commits in found] == [g.finish_reason for g in expected]
+
+
+@pytest.mark.parametrize("cuts", [[1] * 9, [3, 3, 3], [9]])
+def test_what_is_printed_stops_at_a_stop_string_and_never_takes_back(capsys, cuts):
+    """Pieces of text for tokens, of which one completes the stop string in its middle."""
+    from tidar_mega.decode.generate import _Printer
+    from tidar_mega.decode.requests import Commit
+
+    pieces = ["ab", "c<", "d<", "/", "s", ">", "x", "y", "<"]
+
+    class Pieces:
+        eod = 99
+        decode = staticmethod(lambda tokens: "".join(pieces[t] for t in tokens))
+
+    def commits(last: int):
+        """Of all tokens up to `last`, in forwards of the given sizes."""
+        at = 0
+        for size in cuts:
+            tokens = list(range(at, min(at + size, last)))
+            at += size
+            if tokens:
+                yield Commit(0, tokens, [], 0, "stop" if at >= last else None)
+
+    printer = _Printer(Pieces, "", ("</s>",))
+    for commit in commits(6):
+        printer.add(commit)
+        assert "</" not in printer.text
+    printer.end()
+    assert printer.text == "abc<d" and capsys.readouterr().out == "abc<d\n"
+    printer = _Printer(Pieces, "", ("</s>",))
+    for commit in commits(3):
+        printer.add(commit)
+    printer.end()
+    assert printer.text == "abc<d<" and capsys.readouterr().out == "abc<d<\n"
+
+
 @pytest.mark.parametrize(
     "prompts, message",
     [

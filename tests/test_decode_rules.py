@@ -137,14 +137,16 @@ def test_mixed_verification_mixes_the_logits_of_both_halves(model):
     """Each token against separate dense forwards: AR's row, and the first mask of a group behind the same tokens."""
     from tests.test_decode import concatenate_masks
 
-    (found,) = Engine(model, Four(), 3, 16).generate([PROMPT], SamplingParams(9, stop_tokens=(), beta=0.3))
+    params = SamplingParams(9, stop_tokens=(), beta=0.3, logprobs=True)
+    (found,) = Engine(model, Four(), 3, 16).generate([PROMPT], params)
     tokens, trusted_ar = list(PROMPT), []
-    for token in found.tokens:
+    for token, logprob in zip(found.tokens, found.logprobs, strict=True):
         rows = concatenate_masks(torch.tensor(tokens), 3, Four.mask)
         logits_TV = model.logits(model(rows, TrainingAttention(rows, "dense"))[:, 0])[:, :4]
         ar_V, mask_V = logits_TV[len(tokens) - 1], logits_TV[len(tokens)]
         assert token == int((0.3 * ar_V + 0.7 * mask_V).argmax())
         trusted_ar.append(token == int(ar_V.argmax()))
+        assert logprob == pytest.approx(float(ar_V.log_softmax(dim=0)[token]), abs=1e-5), "AR's own"
         tokens.append(token)
     assert not all(trusted_ar)
 
@@ -204,6 +206,7 @@ def test_block_diffusion_is_that_of_dense_forwards(model, threshold):
     for prompt, generation in zip(prompts, found, strict=True):
         tokens, forwards = plain_blocks(model, prompt, 11, 4, threshold)
         assert generation.tokens == tokens and generation.forwards == forwards and not generation.exact
+        assert generation.tokens_per_forward == pytest.approx(len(tokens) / forwards)
     assert found[0].forwards == {0.05: 3, 1.0: 12}.get(threshold, found[0].forwards)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.test_main_job import CONFIG, make_corpus
-from tidar_mega.config import ConfigError, load
+from tidar_mega.config import ConfigError, UserError, load
 from tidar_mega.launch import jobs, resources, restarts, slurm
 from tidar_mega.launch.resources import Resources
 
@@ -72,6 +72,56 @@ def test_a_finished_run_is_known_only_with_its_checkpoint(tmp_path):
     assert restarts.finished(load(None, [f"run_dir={tmp_path}", "train.steps=61"])) is None
 
 
+def test_a_run_that_goes_on_is_not_finished(tmp_path):
+    (tmp_path / "checkpoints" / "step_00000060").mkdir(parents=True)
+    restarts.conclude(load(None, [f"run_dir={tmp_path}", "train.steps=60"]), 60)
+    restarts.begin(load(None, [f"run_dir={tmp_path}", "train.steps=61"]))
+    assert not list(tmp_path.glob("*.json")), "for whoever waits for its end"
+    restarts.begin(load(None, [f"run_dir={tmp_path}", "train.steps=61"]))
+
+
+def test_a_controller_that_is_away_is_waited_for(tmp_path, monkeypatch):
+    """A `scontrol` that fails as Slurm's does, twice or always, or that knows no such job."""
+    (tmp_path / "scontrol").write_text(
+        f"""#!/bin/sh
+        case $4 in
+            gone) echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1;;
+            away) echo "slurm_load_jobs error: Unable to contact slurm controller (connect failure)" >&2; exit 1;;
+        esac
+        echo x >> {tmp_path}/calls
+        [ $(wc -l < {tmp_path}/calls) -gt 2 ] && exec echo "JobId=7 JobState=RUNNING"
+        echo "slurm_load_jobs error: Unable to contact slurm controller (connect failure)" >&2; exit 1
+        """
+    )
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(slurm, "_AWAY_SECONDS", 1.0)
+    assert slurm.show("7") == {"JobId": "7", "JobState": "RUNNING"}
+    assert slurm.show("gone") == {}
+    with pytest.raises(UserError, match="Unable to contact slurm controller"):
+        slurm.show("away")
+
+
+def test_what_lies_beside_the_script_is_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "_ROOT", tmp_path / "clone")
+    for place in ("slurm/env.sh", ".venv/bin/python"):
+        (tmp_path / "clone" / place).parent.mkdir(parents=True)
+        (tmp_path / "clone" / place).touch()
+    monkeypatch.chdir(tmp_path)
+    for name in ("TIDAR_ENV", "TIDAR_PYTHON"):
+        monkeypatch.delenv(name, raising=False)
+    r = resources.Resources(nodes=1, gpus=8)
+    found = next(word for word in jobs.sbatch_command(Path("x.sh"), [], r, tmp_path / "code") if "export" in word)
+    clone = tmp_path / "clone"
+    said = f"TIDAR_CODE={tmp_path}/code,TIDAR_ENV={clone}/slurm/env.sh,TIDAR_PYTHON={clone}/.venv/bin/python"
+    assert found == f"--export=ALL,{said}"
+    monkeypatch.setenv("TIDAR_ENV", "mine.sh")
+    monkeypatch.chdir(clone)
+    assert f"--export=ALL,TIDAR_CODE={tmp_path}/code" in jobs.sbatch_command(Path("x.sh"), [], r, tmp_path / "code")
+    with pytest.raises(UserError, match="a path with a comma"):
+        jobs.sbatch_command(Path("x.sh"), [], r, tmp_path / "a,b")
+
+
 def test_starts_without_a_new_checkpoint_are_counted(tmp_path):
     config, checkpoints = load(None, [f"run_dir={tmp_path}"]), tmp_path / "checkpoints"
     assert [restarts._count_idle(config, "7", n) for n in (0, 1, 1)] == [1, 2, 2], "once for each start"
@@ -110,6 +160,18 @@ def test_submit_without_slurm_trains_here(tmp_path, monkeypatch, executor):
     assert "done: 3 steps" in (tmp_path / "run" / "logs" / "local" / "rank_0.log").read_text()
 
 
+def test_a_task_of_submitit_that_fails_here_says_why(tmp_path, monkeypatch):
+    make_corpus(tmp_path)
+    (tmp_path / "run.yaml").write_text(CONFIG)
+    monkeypatch.chdir(tmp_path)
+    settings = ("parallel.data=1", "run_dir=run")
+    with pytest.raises(UserError, match="method = tidra: must be one of"):
+        jobs.Pretrain("run.yaml", (*settings, "method=tidra"), str(ROOT))()
+    monkeypatch.setattr(jobs.Pretrain, "_run", lambda self, settings: 1)
+    with pytest.raises(UserError, match="ended with code 1; "):
+        jobs.Pretrain("run.yaml", settings, str(ROOT))()
+
+
 def launch(*words: str, **environment: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "tidar_mega.cli", "launch", *words]
     return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
@@ -121,6 +183,8 @@ def test_a_dry_run_shows_the_command_and_the_script_and_a_launch_needs_slurm(tmp
     assert shown.returncode == 0, shown.stderr
     assert "sbatch --nodes=2 --gpus-per-node=1 --time=12:00:00 --signal=USR2@300" in shown.stdout
     assert (ROOT / "slurm" / "pretrain.sh").read_text() in shown.stdout
+    misspelt = launch(*words, "method=tidra", "--dry-run", PATH="/nowhere")
+    assert misspelt.returncode == 2 and "method = tidra: must be one of ar, " in misspelt.stderr
     refused = launch(*words, PATH="/nowhere")
     assert refused.returncode == 2 and "sbatch is not on PATH" in refused.stderr
     assert not list(tmp_path.iterdir())

@@ -283,6 +283,12 @@ def test_two_runs_do_not_share_a_folder(work):
     assert "another run is using it" in out and "Traceback" not in out
 
 
+@pytest.mark.parametrize("setting, said", [("method=idlm", "method = idlm"), ("train.block=8", "train.block = 8")])
+def test_a_resume_with_another_method_or_block_is_refused(work, setting, said):
+    out = tidar(work, "pretrain", "run.yaml", "run_dir=whole", setting, "train.steps=20", code=2)
+    assert said in out and "was made with" in out and "Traceback" not in out
+
+
 def test_one_killed_rank_ends_the_run_in_seconds_and_nothing_is_lost(work):
     """The other rank waits in a collective that would only time out after minutes."""
 

@@ -14,7 +14,7 @@ from tidar_mega.config import LostError, UserError
 from tidar_mega.train import preflight
 from tidar_mega.train.preflight import Facts, NodeError
 
-GOOD = Facts("n1", "8 x H200", "torch 2", "abc", 1000.0, 50.0, "", True, True, 100.0)
+GOOD = Facts("n1", "8 x H200", "torch 2", "abc", 1000.0, 50.0, "", True, True, True, 100.0)
 FOUR = [GOOD, GOOD, replace(GOOD, host="n2"), replace(GOOD, host="n2")]
 
 
@@ -27,7 +27,8 @@ def with_last(**odd) -> list[Facts]:
     [
         ({"gpus": "7 x H200"}, "n2: GPUs: 7 x H200"),
         ({"versions": "torch 1"}, "n2: versions: torch 1"),
-        ({"computes": False}, "n2: a product or an exchange came out wrong"),
+        ({"computes": False}, "n2: a product came out wrong"),
+        ({"exchanges": False}, "n2: a sum over all ranks came out wrong"),
         ({"cannot_write": "disk full", "shares_folder": False}, "n2: disk full"),
     ],
 )
@@ -47,6 +48,15 @@ def test_what_another_node_would_not_mend_is_not_tried_again():
         with pytest.raises(UserError) as error:
             preflight.verdict(facts, "runs/x")
         assert said in str(error.value) and error.value.exit_code == UserError.exit_code
+
+
+def test_a_sum_that_is_wrong_everywhere_excludes_no_node():
+    with pytest.raises(LostError, match="one of them or its network") as error:
+        preflight.verdict([replace(f, exchanges=False) for f in FOUR], "runs/x")
+    assert not isinstance(error.value, NodeError)
+    with pytest.raises(NodeError, match="n2: a product") as error:  # which has spoilt the sum of the others
+        preflight.verdict([replace(f, exchanges=False, computes=f.host == "n1") for f in FOUR], "runs/x")
+    assert error.value.nodes == ["n2"]
 
 
 def test_what_is_only_odd_is_a_warning():

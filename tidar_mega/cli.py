@@ -210,6 +210,8 @@ def _pretrain_worker(config: Config) -> int:
             found = preflight.check(config, lambda nodes: launch.note_bad_nodes(config, nodes))
             if rank == 0:
                 print(found, flush=True)
+        if rank == 0:
+            launch.begin(config)
         progress = train(config, mesh, stop, roll_call)
     dist.destroy_process_group()
     return launch.conclude(config, progress.step) if rank == 0 else 0
@@ -226,9 +228,10 @@ def _add_launch(parser, _) -> None:
 
 
 def _launch(args) -> int:
+    from tidar_mega import methods
     from tidar_mega.launch import command
 
-    return command.run(args)
+    return command.run(args, methods.check)
 
 
 # generate

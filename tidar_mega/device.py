@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import platform
 import resource
 import sys
 import time
@@ -235,3 +236,13 @@ def _patch_tensor_methods() -> None:
 
     torch.Tensor.type = type_
     torch.Tensor.cuda = lambda self, *_, **__: self
+
+
+def cpu_name() -> str:
+    """The processor's name as the system tells it, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())

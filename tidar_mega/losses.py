@@ -115,7 +115,8 @@ def cross_entropy(
     terms = _TermsOfRows(drafts, rows, index) if drafts is not None and drafts.any else None
     edges = _edges(len(index[0]), chunk, terms)
     selected_ND = hidden_TBD[index[1], index[0]]
-    args = (rows.label[index], rows.weight[index], group, edges, terms)
+    # validation runs without: its gradients would be two more products of every chunk
+    args = (rows.label[index], rows.weight[index], group, edges, terms, torch.is_grad_enabled())
     total, loss, prediction = _HeadCrossEntropy.apply(selected_ND, head_weight_VD, *args)
     return RowLosses(total, loss, prediction, index)
 
@@ -167,8 +168,9 @@ def _edges(count: int, chunk: int, terms: _TermsOfRows | None) -> list[int]:
 
 class _HeadCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_ND, head_VD, label_N, weight_N, group, edges, terms):
-        wants_gradient, wants_head = hidden_ND.requires_grad or head_VD.requires_grad, head_VD.requires_grad
+    def forward(ctx, hidden_ND, head_VD, label_N, weight_N, group, edges, terms, learns):
+        wants_head = learns and head_VD.requires_grad
+        wants_gradient = learns and (hidden_ND.requires_grad or head_VD.requires_grad)
         grad_hidden_ND = torch.empty_like(hidden_ND) if wants_gradient else None
         # summed over chunks in float32 so that the gradient does not depend on how many chunks there are
         grad_head_VD = torch.zeros_like(head_VD, dtype=torch.float32) if wants_head else None
@@ -198,7 +200,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_total, *_):
         grad_hidden_ND, grad_head_VD = ctx.saved_tensors
         grad_head_VD = None if grad_head_VD is None else grad_head_VD * grad_total
-        return grad_hidden_ND * grad_total, grad_head_VD, None, None, None, None, None
+        return grad_hidden_ND * grad_total, grad_head_VD, None, None, None, None, None, None
 
 
 def _vocabulary_parallel(logits_CV: Tensor, label_C: Tensor, group) -> tuple[Tensor, Tensor, Tensor]:

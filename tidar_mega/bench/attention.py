@@ -19,23 +19,22 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from tidar_mega import device
-from tidar_mega.config import UserError
+from tidar_mega.config import UserError, positive
 from tidar_mega.model.attention import TrainingAttention, choose_backend
 from tidar_mega.rows import Rows, visible
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RESULTS = ("out", "dq", "dk", "dv")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seq-length", type=int, default=2048, help="clean tokens of a sequence (S)")
-    parser.add_argument("--block", type=int, default=8)
-    parser.add_argument("--heads", type=int, default=8, help="query heads")
-    parser.add_argument("--kv-heads", type=int, default=2)
-    parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
-    parser.add_argument("--dtype", choices=(*DTYPES, "both"), default="both")
+    parser.add_argument("--seq-length", type=positive, default=2048, help="clean tokens of a sequence (S)")
+    parser.add_argument("--block", type=positive, default=8)
+    parser.add_argument("--heads", type=positive, default=8, help="query heads")
+    parser.add_argument("--kv-heads", type=positive, default=2)
+    parser.add_argument("--head-dim", type=positive, default=64)
+    parser.add_argument("--repeats", type=positive, default=15)
+    parser.add_argument("--threads", type=positive, default=1, help="of a CPU")
+    parser.add_argument("--dtype", choices=(*device.DTYPES, "both"), default="both")
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -48,8 +47,8 @@ def run(args: argparse.Namespace) -> dict:
     before = torch.get_num_threads()
     torch.set_num_threads(args.threads)
     try:
-        names = DTYPES if args.dtype == "both" else (args.dtype,)
-        figures = {name: _measure(args, DTYPES[name]) for name in names}
+        names = device.DTYPES if args.dtype == "both" else (args.dtype,)
+        figures = {name: _measure(args, device.DTYPES[name]) for name in names}
     finally:
         torch.set_num_threads(before)
     _print(args, figures)

@@ -12,14 +12,15 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from tidar_mega.config import UserError
+from tidar_mega.bench.figure import save
+from tidar_mega.config import UserError, positive
 from tidar_mega.data.stream import open_stream
 from tidar_mega.decode.engine import Engine
 from tidar_mega.decode.load import Loaded, load_engine, write_transformers
@@ -31,12 +32,12 @@ from tidar_mega.plan.parameters import total_parameters
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prompts", type=int, default=16, help="held-out prompts")
-    parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--max-tokens", type=int, default=64, help="longest continuation")
-    parser.add_argument("--repeats", type=int, default=3, help="of each way of decoding, in turn")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16], help="requests decoded at once")
-    parser.add_argument("--blocks", type=int, nargs="+", default=[2, 4, 8, 16], help="draft lengths")
+    parser.add_argument("--prompts", type=positive, default=16, help="held-out prompts")
+    parser.add_argument("--prompt-tokens", type=positive, default=64)
+    parser.add_argument("--max-tokens", type=positive, default=64, help="longest continuation")
+    parser.add_argument("--repeats", type=positive, default=3, help="of each way of decoding, in turn")
+    parser.add_argument("--batches", type=positive, nargs="+", default=[1, 4, 16], help="requests decoded at once")
+    parser.add_argument("--blocks", type=positive, nargs="+", default=[2, 4, 8, 16], help="draft lengths")
     parser.add_argument("--outcomes", nargs="+", default=["all"], help="all, last, none, auto or a list such as 1,4")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
     parser.add_argument("--no-peers", action="store_true", help="leave transformers out")
@@ -116,7 +117,7 @@ def compare(loaded: Loaded, prompts: Sequence[Sequence[int]], args: argparse.Nam
 
 def _setting(loaded: Loaded, prompts, args: argparse.Namespace, peer, batch: int, temperature: float) -> list[dict]:
     """The rows of one batch size and temperature."""
-    base = SamplingParams(args.max_tokens, temperature, seed=loaded.config.decode.seed)
+    base = replace(loaded.params, max_tokens=args.max_tokens, temperature=temperature)
     params = [base.for_request(i) for i in range(len(prompts))]
     ways = [_ar(loaded, batch)]
     expected = ways[0].decode(prompts, params)
@@ -174,7 +175,7 @@ def _row(
 
 def _ar(loaded: Loaded, batch: int) -> Way:
     engine = _engine(Engine, loaded, loaded.engine.model, batch, 1, "all")
-    return Way("ar", lambda prompts, params: engine.generate(prompts, params, "ar"), engine)
+    return Way("ar", lambda prompts, params: engine.generate(prompts, [p.without_masks for p in params], "ar"), engine)
 
 
 def _fused(loaded: Loaded, batch: int, block: int, outcomes: str, oracle: float | None, expected) -> Way:
@@ -195,6 +196,7 @@ def _engine(kind: type[Engine], loaded: Loaded, model, batch: int, block: int, o
         batch,
         d.prefill_chunk,
         named,
+        cache_tokens=d.cache_tokens,
         replicas=loaded.engine.replicas,
         cuda_graphs=d.cuda_graphs,
         drafter=loaded.engine.drafter,
@@ -237,7 +239,7 @@ def _overhead(row: dict, loaded: Loaded, prompts, args: argparse.Namespace) -> f
     model = _Timed(loaded.engine.model)
     engine = _engine(Engine, loaded, model, 1, row["block"], "all")
     engine.forwards.recorder = None
-    params = SamplingParams(args.max_tokens, seed=loaded.config.decode.seed)
+    params = replace(loaded.params, max_tokens=args.max_tokens, temperature=0.0)
     shares = []
     for prompt in prompts[: max(3, args.repeats)]:
         model.seconds, started = 0.0, time.perf_counter()
@@ -381,5 +383,5 @@ def plot(figures: dict, path: Path) -> None:
     blocks = sorted({row["block"] for row in figures["settings"] if row["block"]})
     axes.set_xticks(blocks, [str(b) for b in blocks])
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
     plt.close(figure)

@@ -16,7 +16,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tidar_mega.config import ConfigError, UserError
+from tidar_mega.bench.figure import save
+from tidar_mega.config import ConfigError, UserError, positive
 from tidar_mega.data.stream import Stream, open_stream
 from tidar_mega.data.tokenizer import Tokenizer
 from tidar_mega.decode import load
@@ -39,10 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RUN",
         help="a run of method masked_diffusion; else the drafts of the first run",
     )
-    add("--samples", type=int, default=64, help="sequences of each setting (default 64)")
-    add("--batch", type=int, default=64, help="sequences drawn together (default 64)")
+    add("--samples", type=positive, default=64, help="sequences of each setting (default 64)")
+    add("--batch", type=positive, default=64, help="sequences drawn together (default 64)")
     add("--windows", type=_window, nargs="+", metavar="VERIFY:WIDTH", help="of self-speculation (default: the paper's)")
-    add("--forwards", type=int, nargs="+", metavar="N", help="of the standard sampler, 1 / width of its windows")
+    add("--forwards", type=positive, nargs="+", metavar="N", help="of the standard sampler, 1 / width of its windows")
     add("--plot", type=Path, metavar="FILE", help="draw both curves")
 
 
@@ -64,8 +65,16 @@ def run(args: argparse.Namespace) -> dict:
         raise ConfigError(f"method = {speculative.config.method}: {args.checkpoint} must be a run of method = ssmd")
     standard = load_denoiser(args.baseline, args.overrides) if args.baseline else speculative
     judge = Judge(args.judge, speculative)
-    if standard.config.data.seq_length != speculative.config.data.seq_length:
-        raise ConfigError(f"data.seq_length: {args.baseline} and {args.checkpoint} must have the same")
+    lengths = [loaded.config.data.seq_length for loaded in (standard, speculative)]
+    if lengths[0] != lengths[1]:
+        raise ConfigError(
+            f"data.seq_length: {lengths[0]} in {args.baseline} and {lengths[1]} in {args.checkpoint}; both must have "
+            "the same"
+        )
+    if standard.tokenizer.fingerprint != speculative.tokenizer.fingerprint:
+        raise UserError(
+            f"--baseline {args.baseline}: its tokenizer is not that of {args.checkpoint}; train both on one data.path"
+        )
     windows, forwards = args.windows or PAPER_WINDOWS, args.forwards or _STANDARD_FORWARDS
     work = [(STANDARD, standard.denoiser, Window(0, 1 / n)) for n in forwards]
     work += [(SPECULATIVE, speculative.denoiser, window) for window in windows]
@@ -196,7 +205,4 @@ def plot(figures: dict, path: Path) -> None:
         axes.axhline(figures["rows"][0][key], color="gray", linestyle=":", label=TEXT)
         axes.set(xscale="log", xlabel="forwards", ylabel=label)
         axes.legend()
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise UserError(f"--plot {path}: cannot be written ({error.strerror}); name a file that can") from None
+    save(figure, path)

@@ -24,7 +24,7 @@ from rich.table import Table
 from tidar_mega import config as config_module
 from tidar_mega import device, launch, methods
 from tidar_mega.bench.text import RandomText
-from tidar_mega.config import Config, UserError
+from tidar_mega.config import Config, UserError, positive
 from tidar_mega.model import gpt
 from tidar_mega.parallel.mesh import build_mesh
 from tidar_mega.train import optim
@@ -47,16 +47,16 @@ _SHAPE = ("seq_length", "block", "layers", "hidden", "vocab", "batch", "dtype", 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seq-length", type=int, default=512, help="clean tokens of a sequence (S)")
-    parser.add_argument("--block", type=int, default=8)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--hidden", type=int, default=256, help="width; heads are 64 wide, 2 to a key head")
-    parser.add_argument("--vocab", type=int, default=4096)
-    parser.add_argument("--batch", type=int, default=8, help="sequences of a step, in micro-batches of one")
+    parser.add_argument("--seq-length", type=positive, default=512, help="clean tokens of a sequence (S)")
+    parser.add_argument("--block", type=positive, default=8)
+    parser.add_argument("--layers", type=positive, default=4)
+    parser.add_argument("--hidden", type=positive, default=256, help="width; heads are 64 wide, 2 to a key head")
+    parser.add_argument("--vocab", type=positive, default=4096)
+    parser.add_argument("--batch", type=positive, default=8, help="sequences of a step, in micro-batches of one")
     parser.add_argument("--dtype", choices=sorted(device.DTYPES), default="fp32")
-    parser.add_argument("--steps", type=int, default=5, help="measured steps of each layout in each round")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--processes", type=int, default=4, help="leave out layouts of more processes than this")
+    parser.add_argument("--steps", type=positive, default=5, help="measured steps of each layout in each round")
+    parser.add_argument("--rounds", type=positive, default=3)
+    parser.add_argument("--processes", type=positive, default=4, help="leave out layouts of more processes than this")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     parser.add_argument("--report", type=Path, help=argparse.SUPPRESS)
 

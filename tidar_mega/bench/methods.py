@@ -22,7 +22,8 @@ from rich.table import Table
 
 from tidar_mega import config as config_module
 from tidar_mega import methods
-from tidar_mega.config import Config, UserError
+from tidar_mega.bench.figure import save
+from tidar_mega.config import Config, UserError, positive
 from tidar_mega.data.tokenizer import Tokenizer
 from tidar_mega.model.gpt import padded_vocab_size
 from tidar_mega.plan import training_flops
@@ -52,10 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/methods"), help="folder of the runs")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="of weights and of the order of the text")
-    parser.add_argument("--prompts", type=int, default=24, help="held-out prompts")
-    parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--max-tokens", type=int, default=64, help="longest continuation")
-    parser.add_argument("--samples", type=int, default=16, help="of masked diffusion, for each setting")
+    parser.add_argument("--prompts", type=positive, default=16, help="held-out prompts")
+    parser.add_argument("--prompt-tokens", type=positive, default=64)
+    parser.add_argument("--max-tokens", type=positive, default=64, help="longest continuation")
+    parser.add_argument("--samples", type=positive, default=16, help="of masked diffusion, for each setting")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw tokens per forward against the loss")
 
 
@@ -106,10 +107,24 @@ def _layer_rows(config: Config) -> float:
 
 def _train(config: Config) -> None:
     folder = Path(config.run_dir)
+    _refuse_other(folder, config)
     folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.with_suffix(".yaml")
     path.write_text(config_module.to_yaml(config))
     _tidar("pretrain", str(path))
+
+
+def _refuse_other(folder: Path, config: Config) -> None:
+    """A run that an earlier comparison has left is only gone on with if it is the same."""
+    path = folder / "config.yaml"
+    if not path.exists():
+        return
+    was = config_module.load(path)
+    for name in ("method", "model", "data", "train", "optimizer", "precision"):
+        if getattr(was, name) != getattr(config, name):
+            raise UserError(
+                f"--runs: {folder} holds a run of other settings ({name}); delete it, or name another folder"
+            )
 
 
 def _tidar(*arguments: str) -> None:
@@ -171,7 +186,8 @@ def means(rows: Sequence[dict]) -> dict[str, dict]:
     found = {}
     for name in dict.fromkeys(row["method"] for row in rows):
         mine = [row for row in rows if row["method"] == name]
-        keys = [k for k, v in mine[0].items() if k not in ("method", "seed") and v is not None]
+        # a ratio of two curves may not exist for some seed
+        keys = [k for k in mine[0] if k not in ("method", "seed") and all(row[k] is not None for row in mine)]
         values = {key: [row[key] for row in mine] for key in keys}
         spread = {key: (max(v) - min(v)) / 2 for key, v in values.items()}
         found[name] = {key: statistics.mean(v) for key, v in values.items()} | {"spread": spread}
@@ -210,7 +226,4 @@ def plot(rows: Sequence[dict], path: Path) -> None:
             axes.plot(*zip(*points, strict=True), "o", label=name)
         axes.set(xlabel="AR loss, nats per token", ylabel=key.replace("_", " "))
     both[0].legend(fontsize=7)
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise UserError(f"--plot {path}: cannot be written ({error.strerror}); name a file that can") from None
+    save(figure, path)

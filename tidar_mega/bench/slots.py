@@ -7,15 +7,16 @@ import argparse
 from rich.console import Console
 from rich.table import Table
 
+from tidar_mega.config import positive
 from tidar_mega.decode import latency
 from tidar_mega.decode.load import load_engine
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--prefixes", type=int, nargs="+", default=latency.PREFIXES, help="committed tokens of each request"
+        "--prefixes", type=positive, nargs="+", default=latency.PREFIXES, help="committed tokens of each request"
     )
-    parser.add_argument("--repeats", type=int, default=7, help="of each size, in turn")
+    parser.add_argument("--repeats", type=positive, default=7, help="of each size, in turn")
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -24,14 +25,15 @@ def run(args: argparse.Namespace) -> dict:
     curves, path = loaded.measure_latency(loaded.engine.block, args.prefixes, args.repeats)
     figures = {
         "key": latency.key(loaded.engine.forwards),
-        "file": str(path),
+        "file": str(path) if path else None,
         "by_prefix": {str(prefix): _figures(curve) for prefix, curve in curves.by_prefix.items()},
     }
     if loaded.mesh.is_main:
         console = Console()
         for prefix, found in figures["by_prefix"].items():
             show(console, f"{figures['key']}, behind {prefix} tokens", found)
-        console.print(f"stored in {path}; decode.outcomes=auto uses them")
+        if path:
+            console.print(f"stored in {path}; decode.outcomes=auto uses them")
     return figures
 
 

@@ -19,7 +19,7 @@ from tidar_mega import config as config_module
 from tidar_mega import device, methods
 from tidar_mega.bench.plain import PlainModel
 from tidar_mega.bench.text import RandomText
-from tidar_mega.config import Config
+from tidar_mega.config import Config, positive
 from tidar_mega.model import gpt
 from tidar_mega.parallel.mesh import build_mesh
 from tidar_mega.rows import Rows
@@ -31,13 +31,13 @@ _SETTING = ("seq_length", "block", "layers", "hidden", "vocab", "dtype")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seq-length", type=int, default=2048, help="clean tokens of a sequence (S)")
-    parser.add_argument("--block", type=int, default=8)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--hidden", type=int, default=512, help="width; heads are 64 wide, 4 to a key head")
-    parser.add_argument("--vocab", type=int, default=16384)
+    parser.add_argument("--seq-length", type=positive, default=2048, help="clean tokens of a sequence (S)")
+    parser.add_argument("--block", type=positive, default=8)
+    parser.add_argument("--layers", type=positive, default=4)
+    parser.add_argument("--hidden", type=positive, default=512, help="width; heads are 64 wide, 4 to a key head")
+    parser.add_argument("--vocab", type=positive, default=16384)
     parser.add_argument("--dtype", choices=sorted(device.DTYPES), default="bf16")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=positive, default=5)
     parser.add_argument("--only", choices=(OURS, PLAIN), help=argparse.SUPPRESS)
 
 

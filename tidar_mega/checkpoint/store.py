@@ -13,6 +13,8 @@ import json
 import os
 import re
 import shutil
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -35,6 +37,7 @@ from tidar_mega.parallel.mesh import Mesh
 
 FORMAT = 1
 _META = "meta.json"
+_LOOK_SECONDS = 5.0  # between two looks at what is being written
 _MEGATRON_ERRORS = (Exception, CheckpointException)  # megatron, torch and pickle raise many; torch's is no Exception
 
 
@@ -91,9 +94,9 @@ class CheckpointStore:
             _give_up_alone(draft.folder, error)
         self._draft, self.latest = draft, final
 
-    def finish(self, mesh: Mesh, wait: bool) -> Path | None:
+    def finish(self, mesh: Mesh, wait: bool, progress: Callable[[], None] = lambda: None) -> Path | None:
         """Collective while a save is in flight, and then cheap: publishes it if all ranks have written their parts, or
-        waits until they have. Returns the published folder, or None.
+        waits until they have. Returns the published folder, or None. `progress` is called while its files grow.
 
         Raises CheckpointError on every rank if one could not write.
         """
@@ -101,7 +104,7 @@ class CheckpointStore:
         if draft is None:
             return None
         try:
-            if not self._writer.finish(wait):
+            if not self._writer.finish(wait, _Growth(draft.folder, progress).look):
                 return None
         except CheckpointException as error:  # exchanged by megatron: every rank comes here, and the main one knows why
             self._draft = None
@@ -126,6 +129,23 @@ class CheckpointStore:
             leftover = old.with_name(f".{old.name}.unfinished")  # a kill in the middle leaves no half checkpoint
             old.rename(leftover)
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+class _Growth:
+    """Whether what is being written still grows: a big checkpoint takes long, and a dead disk for ever."""
+
+    def __init__(self, folder: Path, grown: Callable[[], None]) -> None:
+        self.folder, self.grown = folder, grown
+        self.size, self.looked = -1, time.monotonic()
+
+    def look(self) -> None:
+        if time.monotonic() - self.looked < _LOOK_SECONDS:
+            return
+        self.looked = time.monotonic()
+        size = sum(path.stat().st_size for path in self.folder.glob("*.distcp"))
+        if size != self.size:
+            self.size = size
+            self.grown()
 
 
 @dataclass(frozen=True)

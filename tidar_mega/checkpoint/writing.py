@@ -15,6 +15,7 @@ import queue
 import signal
 import tempfile
 import time
+from collections.abc import Callable
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -59,15 +60,17 @@ class Writer:
             request = request._replace(async_fn=_write, async_fn_args=arguments, preload_fn=None)
         self.calls.schedule_async_request(request)
 
-    def finish(self, wait: bool) -> bool:
+    def finish(self, wait: bool, waiting: Callable[[], None] = lambda: None) -> bool:
         """Collective, and cheap without `wait`: true once every rank has written its part, and megatron's index of
-        them too. Raises torch's CheckpointException on every rank if one could not write.
+        them too. `waiting` is called again and again. Raises torch's CheckpointException on every rank if one could
+        not write.
         """
         self._say_if_killed()
         while not self.calls.maybe_finalize_async_calls():
             if not wait:
                 return False
             time.sleep(_POLL_SECONDS)  # many short exchanges between the ranks: a long one would time out
+            waiting()
             self._say_if_killed()
         return True
 

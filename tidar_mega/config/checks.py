@@ -86,6 +86,9 @@ def check(config: Config) -> None:
             reason = "has blocks that are masked in part" if config.drafts_blocks else "drafts no blocks"
             value, allowed = getattr(t, key), f"0 with method = {config.method}, which {reason}"
             _require(value == 0, f"train.{key}", value, allowed, "or set method = tidar")
+    health = config.health
+    ok = health.spike_sigmas > 0 or not health.skip_spikes
+    _require(ok, "health.skip_spikes", True, "false with health.spike_sigmas = 0, which finds none")
     if t.balance_clean:
         _require(config.method == "idlm", "train.balance_clean", True, f"false with method = {config.method}")
     _require(0 < t.draft_fraction <= 1, "train.draft_fraction", t.draft_fraction, "above 0 and at most 1")
@@ -138,11 +141,11 @@ def _check_shapes(config: Config) -> None:
 
 
 def _check_parallel(config: Config) -> None:
-    m, t, p, length = config.model, config.train, config.parallel, config.data.seq_length
+    m, p, length = config.model, config.parallel, config.data.seq_length
     if p.sequence:
         _require(p.tensor > 1, "parallel.sequence", True, "true only with parallel.tensor above 1")
     if p.sequence and p.context == 1:  # with context parallelism, each rank's rows are filled up to a multiple
-        drafted = 0 if not config.drafts_blocks else max(1, round(t.draft_fraction * length / t.block)) * t.block
+        drafted = config.drafted_rows
         allowed = (
             f"a length whose clean and mask rows ({length} + {drafted}) are a multiple of parallel.tensor ({p.tensor})"
         )

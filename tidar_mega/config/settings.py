@@ -103,7 +103,7 @@ class ParallelConfig:
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
     bucket_size: int | None = None  # parameters that are reduced or gathered at once when overlapped; null: megatron's
-    recompute: str = "none"  # activations made again in the backward: none | selective (attention, see below) | full
+    recompute: str = "none"  # activations made again in the backward: none | selective (attention) | full
     recompute_layers: int = 1  # with full: layers of which only the input is kept, as one unit
     gradient_accumulation_fusion: bool = (
         False  # weight gradients added into fp32 by the product itself; CUDA, TE or apex
@@ -146,7 +146,8 @@ class LogConfig:
 class HealthConfig:
     """What is watched while a run trains."""
 
-    # a rank without progress for so long ends the run, with the stacks of all ranks, to be started again; 0 = never
+    # a rank without progress for so long ends the run, with the stacks of all ranks, to be started again; 0 = never.
+    # With NCCL, 0.9 of parallel.timeout_minutes does in any case, as NCCL itself ends the process soon after
     hang_minutes: float = 8.0
     straggler_factor: float = 2.0  # a rank that works so many times as long as the median is named; 0 = never
     spike_sigmas: float = 6.0  # a loss so many standard deviations above the recent mean is a spike; 0 = none is
@@ -212,6 +213,13 @@ class Config:
     def drafts_blocks(self) -> bool:
         """Whether a training forward has blocks of mask rows (train.block, draft_fraction) beside the clean rows."""
         return self.method not in ("ar", "mtp", "masked_diffusion", "ssmd")
+
+    @property
+    def drafted_rows(self) -> int:
+        """Mask rows of a sequence: whole blocks, the share train.draft_fraction of them."""
+        if not self.drafts_blocks:
+            return 0
+        return max(1, round(self.train.draft_fraction * self.data.seq_length / self.train.block)) * self.train.block
 
     @property
     def is_left_to_right(self) -> bool:

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 from pathlib import Path
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -33,7 +34,11 @@ def _with_overrides(tree: DictConfig, overrides: list[str] | tuple[str, ...]) ->
     for override in overrides:
         if "=" not in override:
             raise ConfigError(f"override {override!r} is not of the form key=value, for example train.steps=100")
-    tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
+        try:
+            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            said = str(error).splitlines()[0]
+            raise ConfigError(f"override {override!r}: not a setting in YAML ({said}); quote its value") from None
     return from_tree(tree)
 
 

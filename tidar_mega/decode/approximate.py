@@ -33,7 +33,7 @@ def mixed(group: Group) -> Rule:
     logits_NCV = beta * logits_2NCV[0] + (1 - beta) * logits_2NCV[1]
     choice_NC = choose(logits_NCV, group.choosing_order, group.sampling)
     accepted_N = accept.exact(group.draft_NC, choice_NC)
-    logprob_NC = chosen_logprobs(logits_NCV, choice_NC, group)
+    logprob_NC = chosen_logprobs(logits_2NCV[0], choice_NC, group)
     drafted = yield from draft(group, accepted_N)
     return Decision(accepted_N, choice_NC, logprob_NC, drafted)
 

@@ -119,7 +119,7 @@ class Engine:
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams], mode: str = "fused"
     ) -> list[Generation]:
-        """Continues every prompt; `params` for all, or one each. Both modes give the same tokens (see
+        """Continues every prompt; `params` for all, or one each. Modes "fused" and "ar" give the same tokens (see
         Generation.exact).
 
         A prompt is one document from its start, positions from 0. Raises UserError on a prompt that is empty, holds
@@ -139,14 +139,18 @@ class Engine:
 
     def _run(self, requests: list[Request]) -> Iterator[Commit]:
         """Until these are finished; given up half-way, they leave the engine."""
+        for request in requests:
+            request.unread = deque()
         self.waiting.extend(requests)
-        live = set(requests)
+        live = list(requests)
         try:
             while live:
-                for request, commit in self.step():
-                    if request in live:
-                        yield commit
-                live -= {request for request in live if request.finished}
+                if not any(request.unread for request in live):
+                    self.step()
+                for request in live:  # also what another's step has given it
+                    while request.unread:
+                        yield request.unread.popleft()
+                live = [request for request in live if not request.finished or request.unread]
         finally:
             for request in requests:
                 self.cancel(request)
@@ -246,6 +250,8 @@ class Engine:
         logprobs = result.logprobs[: len(tokens)] if request.params.logprobs else []
         commit = Commit(request.number, tokens, verified, accepted, finished, logprobs, request.draft)
         request.result.add(commit)
+        if request.unread is not None:
+            request.unread.append(commit)
         if finished:
             self._end(request, finished)
         return commit

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from tidar_mega.config import UserError
 from tidar_mega.data.tokenizer import Tokenizer
 from tidar_mega.decode import trace
 from tidar_mega.decode.load import load_engine
+from tidar_mega.decode.requests import Commit, behind_the_prompt, mean_tokens, until_stop
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
@@ -29,12 +31,12 @@ def run(path: Path, overrides: list[str], prompt: str, show_commits: bool, trace
     if params.rule == "mixed" or mode == "blocks":
         setting = "decode.mode = blocks" if mode == "blocks" else f"decode.beta = {params.beta}"
         print(f"{setting}: the masks have a say, so this is not the AR half's own output", file=sys.stderr)
-    printer = _Printer(loaded.tokenizer, prompt)
+    printer = _Printer(loaded.tokenizer, prompt, params.stop_strings)
     started = time.perf_counter()
     commits = []
     for commit in loaded.engine.stream(tokens, params, mode):
         commits.append(commit)
-        printer.add(commit.tokens[:-1] if commit.finished == "stop" else commit.tokens)
+        printer.add(commit)
         if show_commits:
             printer.mark()
     printer.end()
@@ -46,8 +48,7 @@ def run(path: Path, overrides: list[str], prompt: str, show_commits: bool, trace
 
 def _summary(text: str, commits: list[list[int]], seconds: float, show: bool) -> dict:
     counts = [len(tokens) for tokens in commits]
-    later = counts[1:]  # the prompt's forward always gives one token
-    per_forward = sum(later) / len(later) if later else 1.0
+    per_forward = mean_tokens(behind_the_prompt(counts))
     if show:
         print(f"tokens of each forward: {' '.join(map(str, counts))}")
         totals = f"{sum(counts)} tokens, {len(counts)} forwards, {per_forward:.2f} tokens per forward"
@@ -56,24 +57,34 @@ def _summary(text: str, commits: list[list[int]], seconds: float, show: bool) ->
 
 
 class _Printer:
-    """Prints text as soon as its bytes are whole: a token may end in the middle of a character."""
+    """Prints text as soon as it is certain: a token may end in the middle of a character, or of a stop string."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt: str) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, prompt: str, stops: Sequence[str]) -> None:
+        self.tokenizer, self.stops = tokenizer, stops
         self.tokens: list[int] = []
         self.text = ""
         print(prompt, end="", flush=True)
 
-    def add(self, tokens: list[int]) -> None:
-        self.tokens += tokens
-        self._print(self.tokenizer.decode(self.tokens).rstrip(_UNFINISHED))
+    def add(self, commit: Commit) -> None:
+        ended_by_token = commit.finished == "stop" and commit.tokens[-1] == self.tokenizer.eod
+        self.tokens += commit.tokens[:-1] if ended_by_token else commit.tokens
+        whole = self._whole()
+        self._print(whole if commit.finished else self._certain(whole))
 
     def mark(self) -> None:
         print("\x1b[2m|\x1b[0m", end="", flush=True)
 
     def end(self) -> None:
-        self._print(self.tokenizer.decode(self.tokens))
+        self._print(self._whole())
         print(flush=True)
+
+    def _whole(self) -> str:
+        return until_stop(self.tokenizer.decode(self.tokens), self.stops)
+
+    def _certain(self, whole: str) -> str:
+        whole = whole.rstrip(_UNFINISHED)
+        begun = [n for stop in self.stops for n in range(1, len(stop)) if whole.endswith(stop[:n])]
+        return whole[: len(whole) - max(begun, default=0)]
 
     def _print(self, whole: str) -> None:
         print(whole[len(self.text) :], end="", flush=True)

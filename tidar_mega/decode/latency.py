@@ -8,6 +8,7 @@ how far to draft (`outcomes.py`). Curves belong to one model on one kind of mach
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import time
 from bisect import bisect_left
@@ -16,9 +17,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
+from tidar_mega import device as device_module
 from tidar_mega.decode.cache import Slots
-from tidar_mega.decode.forward import Forwards, Plan, Work
+from tidar_mega.decode.forward import DecodingModel, Forwards, Plan, Work
 from tidar_mega.decode.sampling import SamplingParams, choose
 from tidar_mega.methods import Drafter
 
@@ -95,7 +98,8 @@ def _interpolate(points: list[tuple[float, float]], x: float) -> float:
         return points[0][1]
     at = min(max(bisect_left([p[0] for p in points], x), 1), len(points) - 1)
     (x0, y0), (x1, y1) = points[at - 1], points[at]
-    return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    slope = (y1 - y0) / (x1 - x0)
+    return y1 + max(slope, 0.0) * (x - x1) if x > x1 else y0 + slope * (x - x0)  # noise must not fall below nothing
 
 
 @torch.inference_mode()
@@ -115,9 +119,9 @@ def measure(
         for clean, outcomes in ((b, tuple(range(1, b + 1))), (b, (b,)), (1, (1,)))
     ]
     heads = {(r, t): _head(forwards, r, t) for r in ROWS for t in (0.0, 1.0)}
-    found = _medians(heads, repeats)
+    found = _medians(forwards.model, heads, repeats)
     head, sampled = ([(r, found[r, t]) for r in ROWS] for t in (0.0, 1.0))
-    held = [forwards.cache.take(prefix + max(most, block)) for _ in range(max(requests))]
+    held = [forwards.cache.take(prefix + most) for _ in range(max(requests))]
     assert None not in held, "the cache is too small for the measurement"
     jobs = {
         (n, plan): _forward(forwards, plan, held[:n], prefix)
@@ -125,7 +129,7 @@ def measure(
         for plan in (*plain, *drafting)
         if plan.rows <= 16 or n * plan.rows <= MOST
     }
-    found = _medians(jobs, repeats)
+    found = _medians(forwards.model, jobs, repeats)
     for slots in held:
         forwards.cache.give_back(slots)
     step = {n: [(plan.rows, found[n, plan]) for plan in plain if (n, plan) in found] for n in requests}
@@ -165,45 +169,65 @@ def _head(forwards: Forwards, rows: int, temperature: float):
     return lambda: choose(model.logits(hidden_RD)[None], order_1R, sampling).cpu()
 
 
-def _medians(jobs: dict, repeats: int) -> dict:
+def _medians(model: DecodingModel, jobs: dict, repeats: int) -> dict:
     """Each many times in a row, as decoding does: behind one of another size, a small one finds the caches cold."""
     times: dict = {key: [] for key in jobs}
+    count: dict = {}
     for _ in range(repeats):
         for key, job in jobs.items():
             job()  # a warm-up
-            began = started = time.perf_counter()
-            for _ in range(BURST):
-                job()
-                started, before = time.perf_counter(), started
-                times[key].append(started - before)
-                if started - began > BURST_SECONDS:
-                    break
+            if key not in count:
+                count[key] = max(1, min(BURST, round(BURST_SECONDS / _of_the_slowest(model, _seconds(job)))))
+            times[key] += [_seconds(job) for _ in range(count[key])]
     return {key: statistics.median(found) for key, found in times.items()}
 
 
+def _seconds(job) -> float:
+    started = time.perf_counter()
+    job()
+    return time.perf_counter() - started
+
+
+def _of_the_slowest(model: DecodingModel, seconds: float) -> float:
+    """The same on every rank: all must run a forward as often."""
+    seconds_1 = torch.tensor([max(seconds, 1e-9)], dtype=torch.float64, device=model.device)
+    for group in (model.tensor, model.pipeline):
+        if group.size() > 1:
+            dist.all_reduce(seconds_1, dist.ReduceOp.MAX, group=group)
+    return seconds_1.item()
+
+
 def key(forwards: Forwards) -> str:
-    """Model, machine and layout that a curve belongs to."""
+    """Model, machine, layout, and if steps are recorded: what a curve belongs to."""
     model, shape = forwards.model, forwards.model.config
-    kind = torch.cuda.get_device_name() if forwards.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    kind = f"CPU {device_module.cpu_name()}, {torch.get_num_threads()} threads"
+    if forwards.device.type == "cuda":
+        kind = torch.cuda.get_device_name() + (", CUDA graphs" if forwards.recorder else "")
     sizes = f"{shape.num_layers} layers of {shape.hidden_size}, {str(model.dtype).removeprefix('torch.')}"
     return f"{kind}, {sizes}, tensor {model.tensor.size()}, pipeline {model.pipeline.size()}"
 
 
 def save(folder: Path, name: str, curves: Curves) -> Path:
-    """Adds what was measured to the file of the run folder."""
+    """Adds what was measured to the file of the run folder. Raises OSError."""
     path = folder / FILE
-    found = json.loads(path.read_text()) if path.exists() else {}
-    new = path.with_suffix(".new")
+    new = path.with_suffix(f".{os.getpid()}")  # several may measure at once
     kept = {"format": FORMAT, "by_prefix": {str(prefix): asdict(curve) for prefix, curve in curves.by_prefix.items()}}
-    new.write_text(json.dumps(found | {name: kept}, indent=1) + "\n")
+    new.write_text(json.dumps(_stored(path) | {name: kept}, indent=1) + "\n")
     new.replace(path)
     return path
 
 
+def _stored(path: Path) -> dict:
+    """What the file holds; nothing if it is not there or is damaged, for it can be measured again."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
 def load(folder: Path, name: str) -> Curves | None:
     """None if nothing was measured there, or by another version."""
-    path = folder / FILE
-    found = json.loads(path.read_text()).get(name, {}) if path.exists() else {}
+    found = _stored(folder / FILE).get(name, {})
     if found.get("format") != FORMAT:
         return None
     return Curves({int(prefix): _latency(curve) for prefix, curve in found["by_prefix"].items()})

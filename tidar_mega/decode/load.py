@@ -56,22 +56,29 @@ class Loaded:
         if stored is not None and stored.cover(self.config.decode.batch, block):
             return stored
         if self.mesh.is_main:
-            print(f"measuring how long forwards take here; kept in {self.run_folder / latency.FILE}", file=sys.stderr)
+            print(f"measuring how long forwards take here, for {self.run_folder / latency.FILE}", file=sys.stderr)
         return self.measure_latency(block)[0]
 
-    def measure_latency(self, block: int, prefixes: Sequence[int] = PREFIXES, repeats: int = 5) -> tuple[Curves, Path]:
-        """Measures the curves behind so many committed tokens and stores them in the run folder. Collective."""
+    def measure_latency(
+        self, block: int, prefixes: Sequence[int] = PREFIXES, repeats: int = 5
+    ) -> tuple[Curves, Path | None]:
+        """Measures the curves behind so many committed tokens and stores them in the run folder, if it can be written
+        to; the path, or None. Collective."""
         e, d = self.engine, self.config.decode
         sizes = sorted({n for n in (1, 2, 4, 8, 16, 32, 64) if n < d.batch} | {d.batch})
-        room = d.batch * (max(prefixes) + max(latency.most_rows(block), block) + e.cache.page)
-        bare = Engine(e.model, self.tokenizer, block, d.capacity, d.batch, cache_tokens=room)
+        longest = max(prefixes) + latency.most_rows(block)
+        room = d.batch * (longest + e.cache.page)
+        bare = Engine(e.model, self.tokenizer, block, longest, d.batch, cache_tokens=room, cuda_graphs=d.cuda_graphs)
         found = {
             prefix: latency.measure(bare.forwards, sizes, block, e.drafter, prefix, repeats) for prefix in prefixes
         }
         curves = self.mesh.same(Curves(found))
-        path = self.run_folder / latency.FILE
+        path = None
         if self.mesh.is_main:
-            latency.save(self.run_folder, latency.key(e.forwards), curves)
+            try:
+                path = latency.save(self.run_folder, latency.key(e.forwards), curves)
+            except OSError as error:
+                print(f"{self.run_folder / latency.FILE}: not kept ({error.strerror})", file=sys.stderr)
         return curves, path
 
     @property
@@ -108,7 +115,9 @@ def load_engine(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     tokenizer = Tokenizer.load(checkpoint / "tokenizer")
     model, d = InferenceModel(load_model(checkpoint, config, mesh)), config.decode
     drafter = methods.load(config, tokenizer.mask).drafter
-    outcomes = "all" if drafter.depths and d.outcomes == "auto" else d.outcomes
+    # nothing to choose: layers draft behind the actual outcome, and these settings fix how far is drafted
+    settled = drafter.depths or d.mode != "fused" or d.beta < 1
+    outcomes = "all" if settled and d.outcomes == "auto" else d.outcomes
     engine = Engine(
         model,
         tokenizer,

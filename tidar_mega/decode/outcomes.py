@@ -19,7 +19,8 @@ from tidar_mega.methods import IN_PLACE, Drafter
 TRIAL = 24  # whole drafts verified before a shorter one is thought of: they show the acceptance of every slot
 WORTH = 1.03  # drafting must promise this much over plain AR, the surest of all choices
 PRIOR = (0.8, 4.0)  # acceptance of a slot before it was seen, and how many tests that counts for
-RECHOOSE = 64  # drafts verified between two choices
+RECHOOSE = 64  # drafts verified, of each request, between two choices
+_NEGLIGIBLE = 1e-6  # chance
 MEMORY = 0.998  # weight of the acceptance seen so far, for each further draft
 
 
@@ -107,7 +108,7 @@ class Automatic:
     def drafting(self, requests: int, sampled: bool, length: int) -> Drafting:
         key = (requests, sampled, length.bit_length(), self.seen < TRIAL)
         when, drafting = self.chosen.get(key, (0, None))
-        if drafting is None or self.seen >= when + RECHOOSE:
+        if drafting is None or self.seen >= when + RECHOOSE * requests:
             block = self.most.block
             lengths = [block] if self.seen < TRIAL else [1, *draft_lengths(block)]
             drafting = self._best(requests, sampled, self.curves.at(length), lengths)
@@ -160,7 +161,9 @@ def speed(drafting: Drafting, acceptance: Sequence[float], latency: Latency, req
     tokens = (1 - catching) * sum(r * p for r, p in enumerate(outcome, start=1)) + catching
     seconds = 0.0
     for c in range(n + 1):  # requests that catch up
-        share = math.comb(n, c) * catching**c * (1 - catching) ** (n - c)
+        share = _binomial(n, c, catching)
+        if share < _NEGLIGIBLE:
+            continue
         rows = (n - c) * (B + len(drafting.outcomes) * drafting.masks) + c * (1 + drafting.masks)
         any_draft = 1.0 if c else 1 - (1 - drafted) ** n
         second = ((n - c) * drafted + c) * (B - 1) / any_draft if any_draft else 0.0
@@ -168,3 +171,11 @@ def speed(drafting: Drafting, acceptance: Sequence[float], latency: Latency, req
         without = latency.seconds(n, rows, (n - c) * B + c, 0, sampled)
         seconds += share * (any_draft * with_second + (1 - any_draft) * without)
     return n * tokens / seconds
+
+
+def _binomial(n: int, k: int, p: float) -> float:
+    """The chance of k of n; by logarithms, as the coefficients of many requests are beyond a float."""
+    if not 0 < p < 1:  # rounding may lead a little beyond
+        return float(k == (n if p >= 1 else 0))
+    ways = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+    return math.exp(ways + k * math.log(p) + (n - k) * math.log1p(-p))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -38,7 +39,7 @@ class Generation:
     """One request's continuation.
 
     tokens         with the stop token that ended it, if one did
-    commits        tokens that each forward gave; the first is the prompt's forward, which always gives one
+    commits        tokens that each forward gave, from the prompt's last on
     accepted       draft tokens that each later forward confirmed (1..B), before a cut at the end
     logprobs       of the tokens, if the request wants them
     finish_reason  "stop", "length" or "cancelled"
@@ -71,8 +72,13 @@ class Generation:
 
     @property
     def tokens_per_forward(self) -> float:
-        """Output tokens per forward behind the prompt's (1 in AR decoding; 1 where there was none)."""
-        return sum(self.commits[1:]) / len(self.commits[1:]) if len(self.commits) > 1 else 1.0
+        """Of `later` (1 in AR decoding; 1 where there was none)."""
+        return mean_tokens(self.later)
+
+    @property
+    def later(self) -> list[int]:
+        """`commits` behind the prompt's forward, which gives one token; in mode "blocks" it draws like any other."""
+        return behind_the_prompt(self.commits)
 
     @property
     def text_tokens(self) -> list[int]:
@@ -84,6 +90,20 @@ class Generation:
         return [self.accepted.count(r) for r in range(1, block + 1)]
 
 
+def behind_the_prompt(commits: list[int]) -> list[int]:
+    return commits[1:] if commits[:1] == [1] else commits
+
+
+def mean_tokens(commits: Sequence[int]) -> float:
+    return sum(commits) / len(commits) if commits else 1.0
+
+
+def until_stop(text: str, strings: Sequence[str]) -> str:
+    """Up to the first stop string in it."""
+    ends = [text.find(s) for s in strings if s in text]
+    return text[: min(ends, default=len(text))]
+
+
 @dataclass(eq=False)
 class Request:
     """A live request. It holds `slots` from its admission to its end.
@@ -92,6 +112,7 @@ class Request:
     length    rows committed; while below the prompt's, the prompt is being encoded
     draft     tokens to verify next, the first of them the last output
     block     mode "blocks": what the block behind the committed rows holds; None is a slot still to be drawn
+    unread    commits that its stream has not yielded; None: it is not streamed
     """
 
     number: int
@@ -108,6 +129,7 @@ class Request:
     proposal_SV: Tensor | None = None
     block: list[int | None] = field(default_factory=list)
     admitted: float = 0.0
+    unread: deque[Commit] | None = None
 
     @property
     def prompt_left(self) -> int:
@@ -132,9 +154,7 @@ class Request:
 
     def text(self) -> str:
         """The output, without the stop string that ended it."""
-        whole = self.decode_text(self.result.text_tokens)
-        ends = [whole.find(s) for s in self.params.stop_strings if s in whole]
-        return whole[: min(ends, default=len(whole))]
+        return until_stop(self.decode_text(self.result.text_tokens), self.params.stop_strings)
 
     def _stop_string(self, tokens: list[int]) -> int | None:
         """How many of the tokens complete the first stop string, if one is complete."""

@@ -88,6 +88,11 @@ class SamplingParams:
             return "mixed"
         return "coupled" if self.is_greedy else self.acceptance
 
+    @property
+    def without_masks(self) -> SamplingParams:
+        """What plain AR decoding is compared by."""
+        return replace(self, beta=1.0)
+
     def for_request(self, number: int) -> SamplingParams:
         """The same with a seed of its own, so that the requests of a batch get independent noise."""
         return replace(self, seed=(self.seed + number + 2**63) % 2**64 - 2**63)
@@ -142,8 +147,8 @@ class Sampling:
         group: dist.ProcessGroup | None = None,
     ) -> Sampling:
         """`vocab` is the number of logits of this rank's slice; slices of a group are equally wide, in rank order."""
-        first = group.rank() * vocab if group is not None else 0
-        total = vocab * (group.size() if group is not None else 1)
+        alone = group is None or group.size() == 1
+        first, total = (0, vocab) if alone else (group.rank() * vocab, group.size() * vocab)
         top_k = [min(p.top_k or total, total) for p in params]
         filters = [not p.is_greedy and (k < total or p.top_p < 1) for k, p in zip(top_k, params, strict=True)]
         real = {"dtype": torch.float32, "device": device}
@@ -161,9 +166,9 @@ class Sampling:
             forbidden=local,
             first_id=first,
             candidates=max((k for k, f in zip(top_k, filters, strict=True) if f), default=0),
-            try_few=group is None and all(k <= FEW or k == total for k in top_k) and torch.device(device).type == "cpu",
+            try_few=alone and all(k <= FEW or k == total for k in top_k) and torch.device(device).type == "cpu",
             greedy=all(p.is_greedy for p in params),
-            group=group if group is not None and group.size() > 1 else None,
+            group=None if alone else group,
         )
 
     def take(self, request_M: Tensor) -> Sampling:

@@ -16,17 +16,19 @@ from rich.text import Text
 from tidar_mega.decode.requests import Commit
 
 TERMINAL = Path("-")
-_STYLES = {"accepted": "green", "rejected": "red strike", "ar": "bold cyan"}
+_STYLES = {"accepted": "green", "rejected": "red strike", "ar": "bold cyan", "drawn": "magenta"}
 _COLOURS = {
     "accepted": "#1a7f37",
     "rejected": "#b42318; text-decoration: line-through",
     "ar": "#0550ae; font-weight: bold",
+    "drawn": "#8250df",
 }
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One token of a forward: "accepted" from the draft, "rejected" (shown, not output) or "ar", AR's own choice."""
+    """One token of a forward: "accepted" from the draft, "rejected" (shown, not output), "ar", AR's own choice, or
+    "drawn" by the masks themselves (mode "blocks")."""
 
     kind: str
     text: str
@@ -42,6 +44,8 @@ def lines(commits: Sequence[Commit], decode: Callable[[list[int]], str]) -> list
         drafted = commit.draft[1:]
         kept = max(commit.accepted - 1, 0)
         kinds = ["accepted"] * kept + ["ar"]
+        if not commit.draft:  # the prompt's forward, or a block of masks, whose tokens AR has not seen
+            kinds = ["ar" if len(commit.tokens) == 1 else "drawn"] * len(commit.tokens)
         output = [(kind, token) for kind, token in zip(kinds, commit.tokens, strict=False)]
         rest = [("rejected", token) for token in drafted[kept:]]
         found.append([Piece(kind, decode([token])) for kind, token in output + rest])
@@ -79,6 +83,7 @@ def _print(told: list[list[Piece]]) -> None:
         Text.assemble("accepted", style="green"),
         Text("AR's own", style="bold cyan"),
         Text("rejected", style="red strike"),
+        Text("drawn by masks", style="magenta"),
     )
     for number, pieces in enumerate(told):
         line = Text(f"{number:4d}  ")
@@ -98,7 +103,8 @@ def _page(told: list[list[Piece]]) -> str:
 <html lang="en"><meta charset="utf-8"><title>A decode, forward by forward</title>
 <style>body {{ font: 14px/1.5 monospace; margin: 2em; }} td {{ padding: 0 1em 0 0; vertical-align: top; }}
 {styles}</style>
-<p><span class="accepted">accepted</span> <span class="ar">AR's own</span> <span class="rejected">rejected</span></p>
+<p><span class="accepted">accepted</span> <span class="ar">AR's own</span> <span class="rejected">rejected</span> \
+<span class="drawn">drawn by masks</span></p>
 <table><tr><th>forward</th><th>tokens</th><th></th></tr>
 {chr(10).join(rows)}
 </table></html>

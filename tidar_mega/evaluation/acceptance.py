@@ -8,7 +8,7 @@ import torch
 
 from tidar_mega.config import UserError
 from tidar_mega.data.stream import Stream
-from tidar_mega.decode.requests import Generation
+from tidar_mega.decode.requests import Generation, mean_tokens
 
 
 def held_out_prompts(stream: Stream, count: int, length: int) -> list[list[int]]:
@@ -55,8 +55,7 @@ def summarise(block: int, fused: Sequence[Generation], ar: Sequence[Generation])
 
 def tokens_per_forward(generations: Sequence[Generation]) -> float:
     """Output tokens per forward behind the prompts' own, all requests pooled; 1 where there was none."""
-    commits = [c for g in generations for c in g.commits[1:]]
-    return sum(commits) / len(commits) if commits else 1.0
+    return mean_tokens([count for g in generations for count in g.later])
 
 
 def distinct_share(outputs: Sequence[Sequence[int]], length: int) -> float:

@@ -50,5 +50,6 @@ def _decode(
     """(fused, AR, what each forward of the first fused one gave)"""
     base = replace(loaded.params, max_tokens=most)
     params = [base.for_request(i) for i in range(len(prompts))]
-    fused, ar = (loaded.engine.generate(prompts, params, mode) for mode in ("fused", "ar"))
+    fused = loaded.engine.generate(prompts, params)
+    ar = loaded.engine.generate(prompts, [p.without_masks for p in params], "ar")
     return fused, ar, list(loaded.engine.stream(prompts[0], params[0]))

@@ -9,16 +9,16 @@ import sys
 import time
 from pathlib import Path
 
-from tidar_mega.config import UserError
+from tidar_mega.config import UserError, positive
 
 FILE = "evaluations.jsonl"  # in the run folder, one line for each evaluation
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prompts", type=int, default=16, help="held-out prompts")
-    parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--max-tokens", type=int, default=64, help="longest continuation")
-    parser.add_argument("--sequences", type=int, default=64, help="held-out sequences for the loss")
+    parser.add_argument("--prompts", type=positive, default=16, help="held-out prompts")
+    parser.add_argument("--prompt-tokens", type=positive, default=64)
+    parser.add_argument("--max-tokens", type=positive, default=64, help="longest continuation")
+    parser.add_argument("--sequences", type=positive, default=64, help="held-out sequences for the loss")
     parser.add_argument("--watch", action="store_true", help="each new checkpoint, until the run is finished")
     parser.add_argument("--period", type=float, default=30.0, help="seconds between two looks of --watch")
 

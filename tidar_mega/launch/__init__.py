@@ -3,10 +3,11 @@ handed to Slurm (`jobs.py`) and go back into its queue until the run is finished
 
 from tidar_mega.launch.jobs import submit, sweep
 from tidar_mega.launch.local import local_processes, run_local
-from tidar_mega.launch.restarts import conclude, finished, note_bad_nodes, note_exit
+from tidar_mega.launch.restarts import begin, conclude, finished, note_bad_nodes, note_exit
 from tidar_mega.launch.slurm import take_place
 
 __all__ = [
+    "begin",
     "conclude",
     "finished",
     "local_processes",

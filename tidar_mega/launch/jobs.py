@@ -113,7 +113,7 @@ class Pretrain:
         job = slurm.own_job()
         if code == UserError.exit_code:
             raise UserError(restarts.first_failure(_logs(settings)))
-        if code not in (0, restarts.GAVE_UP) and _first_to(settings, "requeue"):
+        if job and code not in (0, restarts.GAVE_UP) and _first_to_requeue(settings):
             code = restarts.after_crash(settings, code)
         deadline = time.monotonic() + (_END_SECONDS if job else 0)
         while restarts.finished(settings) is None and code != restarts.GAVE_UP and time.monotonic() < deadline:
@@ -145,10 +145,10 @@ def _logs(settings: Config) -> Path:
     return Path(settings.run_dir) / "logs" / (slurm.own_job() or "local")
 
 
-def _first_to(settings: Config, what: str) -> bool:
+def _first_to_requeue(settings: Config) -> bool:
     """Whether no other task of this start of the job was here before."""
     try:
-        (_logs(settings) / f"{what}.{slurm.restart_count()}").touch(exist_ok=False)
+        (_logs(settings) / f"requeue.{slurm.restart_count()}").touch(exist_ok=False)
     except FileExistsError:
         return False
     return True
@@ -186,5 +186,20 @@ def sbatch_command(path: Path, words: Sequence[str], r: Resources, code: Path | 
     options += [f"--ntasks-per-node={r.tasks_per_node}"]
     options += [f"--cpus-per-task={r.cpus}"] if r.cpus else []
     options += [f"--partition={r.partition}"] if r.partition else []
-    options += [f"--export=ALL,TIDAR_CODE={code}"] if code else []
+    if code:
+        exported = [f"{name}={value}" for name, value in {"TIDAR_CODE": code, **_of_root()}.items()]
+        if bad := [word for word in exported if "," in word]:
+            raise UserError(f"{bad[0]}: sbatch cannot hand on a path with a comma; choose another run_dir or folder")
+        options.append(",".join(["--export=ALL", *exported]))
     return ["sbatch", *options, str(path), *words]
+
+
+def _of_root() -> dict[str, Path]:
+    """What the script finds beside itself where it is submitted from the root of the repository: for other folders."""
+    found = {"TIDAR_ENV": "slurm/env.sh", "TIDAR_PYTHON": ".venv/bin/python"}
+    here = Path.cwd() == _ROOT
+    return {
+        name: _ROOT / place
+        for name, place in found.items()
+        if not here and name not in os.environ and (_ROOT / place).exists() and not Path(place).exists()
+    }

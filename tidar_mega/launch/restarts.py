@@ -18,21 +18,27 @@ from tidar_mega.config import Config, UserError
 from tidar_mega.launch import slurm
 from tidar_mega.launch.slurm import say
 
+_MARKER = "finished.json"
 GAVE_UP = 3  # exit code: the run is not finished, and its job is not started again
 
 
 def finished(config: Config) -> int | None:
     """How many steps the run of this folder has done if it has come to its end, else None."""
-    marker = _read(Path(config.run_dir) / "finished.json")
+    marker = _read(Path(config.run_dir) / _MARKER)
     done = marker.get("step", -1)
     whole = (Path(config.run_dir) / "checkpoints" / str(marker.get("checkpoint"))).is_dir()
     return done if done >= config.train.steps and whole else None
 
 
+def begin(config: Config) -> None:
+    """On rank 0 before training: a run that goes on behind an earlier end is not finished."""
+    (Path(config.run_dir) / _MARKER).unlink(missing_ok=True)
+
+
 def conclude(config: Config, step: int) -> int:
     """On rank 0 after training has ended in order: marks a finished run, or requeues this job; the exit code."""
     if step >= config.train.steps:
-        _write(Path(config.run_dir) / "finished.json", {"step": step, "checkpoint": f"step_{step:08d}"})
+        _write(Path(config.run_dir) / _MARKER, {"step": step, "checkpoint": f"step_{step:08d}"})
         return 0
     if slurm.own_job() is None:
         return 0  # whoever has stopped it will start it again

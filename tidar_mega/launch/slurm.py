@@ -7,11 +7,14 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 from tidar_mega.config import ConfigError, UserError
 
 # Below the ports that Linux gives to outgoing connections (32768 and above), so that none of these holds it by chance.
 _FIRST_PORT, _PORTS = 10000, 10000
+_AWAY = "Unable to contact slurm controller|Socket timed out|Connection refused"
+_AWAY_SECONDS = 60.0  # for the controller to come back
 
 
 def take_place() -> bool:
@@ -92,7 +95,8 @@ def restart_count() -> int:
 
 
 def show(job: str) -> dict[str, str]:
-    """What the controller knows of a job; empty if it has forgotten it. Raises UserError without Slurm."""
+    """What the controller knows of a job; empty if it has forgotten it. Raises UserError without Slurm, or if the
+    controller does not answer."""
     found = ask(["scontrol", "show", "job", "--oneliner", job], check=False)
     return dict(word.split("=", 1) for word in found.split() if "=" in word)
 
@@ -112,9 +116,24 @@ def requeue(job: str, exclude: list[str]) -> None:
 
 
 def ask(command: list[str], check: bool = True) -> str:
-    """What one of Slurm's commands prints. Raises UserError if it is not there or, with `check`, if it fails."""
+    """What one of Slurm's commands prints. Raises UserError if it is not there, if the controller is away for longer
+    than a restart of it takes or, with `check`, if the command fails."""
+    deadline = time.monotonic() + _AWAY_SECONDS
+    while True:
+        done = _run(command)
+        said = done.stderr.strip() or done.stdout.strip()
+        is_away = done.returncode != 0 and re.search(_AWAY, done.stderr) is not None
+        if not is_away or time.monotonic() > deadline:
+            break
+        time.sleep(_AWAY_SECONDS / 20)
+    if is_away or (check and done.returncode):
+        raise UserError(f"`{' '.join(command)}` was refused by Slurm: {said}")
+    return done.stdout
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
     except FileNotFoundError:
         raise UserError(
             f"{command[0]} is not on PATH: no Slurm here; log in to a node of the cluster (and in a container, mount "
@@ -122,10 +141,6 @@ def ask(command: list[str], check: bool = True) -> str:
         ) from None
     except subprocess.TimeoutExpired:
         raise UserError(f"{command[0]} did not answer within 120 s: look at `scontrol ping`, and try again") from None
-    if check and done.returncode:
-        said = done.stderr.strip() or done.stdout.strip()
-        raise UserError(f"`{' '.join(command)}` was refused by Slurm: {said}")
-    return done.stdout
 
 
 def say(text: str) -> None:

@@ -175,10 +175,7 @@ def _check_fp8_shapes(config: Config, recipe: Recipe) -> None:
 
 def forward_rows(config: Config) -> int:
     """Rows of each sequence in a training forward: the clean ones and the drafted ones."""
-    length, block = config.data.seq_length, config.train.block
-    if not config.drafts_blocks:
-        return length
-    return length + max(1, round(config.train.draft_fraction * length / block)) * block
+    return config.data.seq_length + config.drafted_rows
 
 
 def row_multiple(config: Config) -> int:

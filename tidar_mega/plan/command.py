@@ -17,7 +17,7 @@ from tidar_mega.plan.layout import Layout, make_layout
 from tidar_mega.plan.memory import GIB, fullest_stage
 from tidar_mega.plan.search import RECOMPUTE, Candidate, Found, overrides, search
 from tidar_mega.plan.timing import Timing, bubble_fraction, predict
-from tidar_mega.plan.work import drafted_rows, hardware_flops, model_flops, sequence_work
+from tidar_mega.plan.work import hardware_flops, model_flops, sequence_work
 
 DEFAULT_VOCAB = 151936  # of Qwen2.5 and Qwen3 below 14B, whose shapes the configs have
 SHOWN = 10  # layouts of a search
@@ -61,7 +61,10 @@ def command_line(args: argparse.Namespace, found: Found, gpus: int) -> str:
     settings = overrides(found.best[0].layout) if found.best else []
     decided = {setting.split("=")[0] for setting in settings}
     kept = [setting for setting in args.overrides if setting.split("=")[0] not in decided]
-    return " ".join(["tidar plan", str(args.config), f"--gpus {gpus} --hardware {args.hardware}", *kept, *settings])
+    options = {name: getattr(args, name) for name in ("vocab_size", "tokens", *hardware_module.figures())}
+    asked = [f"--{name.replace('_', '-')} {value}" for name, value in options.items() if value is not None]
+    asked.append(f"--gpus {gpus} --hardware {args.hardware} --document-tokens {args.document_tokens:g}")
+    return " ".join(["tidar plan", str(args.config), *asked, *kept, *settings])
 
 
 def choose_vocab_size(given: int | None, config: Config) -> tuple[int, str]:
@@ -150,7 +153,7 @@ def work_figures(layout: Layout) -> dict:
     return {
         "tokens": layout.step_tokens,
         "clean_rows": config.data.seq_length,
-        "mask_rows": drafted_rows(config),
+        "mask_rows": config.drafted_rows,
         "visible_pairs": work.pairs,
         "computed_pairs": work.tile_pairs,
         "model_flops": model_flops(config, layout.vocab),

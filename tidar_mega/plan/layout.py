@@ -12,7 +12,6 @@ from functools import cached_property
 
 from tidar_mega.config import Config, ConfigError, check_batch
 from tidar_mega.plan.parameters import adapter_parameters, padded_vocab_size, stage_parameters
-from tidar_mega.plan.work import drafted_rows
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Layout:
 
         A context-parallel rank's mask rows are filled up to a fixed number of slots (`parallel/balance.py`).
         """
-        length, drafted, p = self.config.data.seq_length, drafted_rows(self.config), self.config.parallel
+        length, drafted, p = self.config.data.seq_length, self.config.drafted_rows, self.config.parallel
         if p.context == 1:
             return length + drafted
         from tidar_mega.parallel.balance import mask_slots

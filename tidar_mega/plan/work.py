@@ -25,21 +25,13 @@ class Work:
     head_rows: float  # rows with a loss
 
 
-def drafted_rows(config: Config) -> int:
-    """Mask rows of a sequence: whole blocks, the share train.draft_fraction of them."""
-    if not config.drafts_blocks:
-        return 0
-    length, block = config.data.seq_length, config.train.block
-    return max(1, round(config.train.draft_fraction * length / block)) * block
-
-
 def sequence_work(config: Config) -> Work:
     """A clean row sees itself and what is before it; a mask row what is before its block, and its block.
 
     Pairs: S (S + 1) / 2 for S clean rows; M (S + B) / 2 for M mask rows in blocks of B (TiDAR, arXiv 2511.08923,
     section 3.1), the mean over which blocks are drafted; (B - 1) / 2 fewer per mask where blocks are causal (I-DLM).
     """
-    length, block, drafted = config.data.seq_length, config.train.block, drafted_rows(config)
+    length, block, drafted = config.data.seq_length, config.train.block, config.drafted_rows
     if not config.is_left_to_right:
         return _any_to_any_work(config)
     if config.has_depths:

@@ -54,10 +54,11 @@ def opened(config: Config, note_exit: Callable[[int], None] = lambda code: None)
 
     `note_exit` is called with the exit code, of which a launcher may see only that of another rank that it has killed.
     """
-    seconds = 60 * config.health.hang_minutes or float("inf")
+    limits = {"health.hang_minutes": 60 * config.health.hang_minutes or float("inf")}
     if dist.get_backend() == "nccl":  # which ends the process from a thread of its own: who is missing is said before
-        seconds = min(seconds, 0.9 * 60 * config.parallel.timeout_minutes)
-    roll_call = RollCall(dist.get_rank(), dist.get_world_size(), _store_of_the_launcher, seconds)
+        limits["0.9 of parallel.timeout_minutes"] = 0.9 * 60 * config.parallel.timeout_minutes
+    limit = min(limits, key=limits.get)
+    roll_call = RollCall(dist.get_rank(), dist.get_world_size(), _store_of_the_launcher, limits[limit], limit)
     try:
         yield roll_call
     except (KeyboardInterrupt, SystemExit):

@@ -37,7 +37,7 @@ def train(config: Config, mesh: Mesh, stop: StopRequest, roll_call: RollCall | N
     Raises ConfigError, DataError, CheckpointError or TrainingError.
     """
     if roll_call is not None:
-        roll_call.at(0, "building the model and reading the newest checkpoint")
+        roll_call.at(0, "building the model")
     run = Run.start(config, mesh, roll_call)
     log, progress = run.log, run.state.progress
     if progress.step >= config.train.steps and anywhere(log.has_validation(progress.step)):
@@ -109,6 +109,8 @@ class Run:
         newest = checkpoints.open(mesh)
         models = gpt.build(config, tokenizer.vocab_size)
         base = Base.find(config, mesh, newest) if config.lora.rank or newest is None else None
+        if roll_call is not None:
+            roll_call.at(0, "reading the newest checkpoint")
         if base is not None:  # before the optimizer makes its float32 copies
             base.load(models, config, tokenizer.vocab_size, stream.tokenizer_folder)
         chunks = optim.wrap(config, models, before_exchange)
@@ -143,7 +145,7 @@ class Run:
 
     def publish(self, wait: bool = False) -> None:
         """Collective while a save is in flight: publishes it once all ranks have written it, or waits for that."""
-        published = self.checkpoints.finish(self.task.mesh, wait)
+        published = self.checkpoints.finish(self.task.mesh, wait, self.task.progress)
         if published and self.task.config.checkpoint.asynchronous:
             self.log.say(f"published {published}")
 

@@ -50,7 +50,8 @@ class Facts:
     free_gib: float  # on the disk of the run folder
     cannot_write: str  # there, and why; empty if it can
     shares_folder: bool  # it reads there what rank 0 has written
-    computes: bool  # a matrix product, and an exchange among all ranks, came out right
+    computes: bool  # a matrix product came out right
+    exchanges: bool  # and a sum over all ranks
     products_per_second: float
 
 
@@ -89,7 +90,14 @@ def verdict(everybody: list[Facts], run_dir: str) -> None:
     if odd := _odd(everybody, "config"):
         raise UserError(f"the settings on {', '.join(odd)} are not those of the other nodes; share the config file")
     refused = {f.host: f.cannot_write for f in everybody if f.cannot_write}
-    wrong = {f.host: "a product or an exchange came out wrong" for f in everybody if not f.computes}
+    wrong = {f.host: "a product came out wrong" for f in everybody if not f.computes}
+    astray = {f.host: "a sum over all ranks came out wrong" for f in everybody if not f.exchanges}
+    if set(astray) == hosts and len(hosts) > 1 and not wrong:  # one spoils it for all
+        raise LostError(
+            f"preflight: a sum over all ranks came out wrong on {', '.join(sorted(hosts))}: one of them or its network "
+            "is not fit; run NCCL's tests on each, and leave it out with sbatch --exclude"
+        )
+    wrong = wrong or astray
     other = {host: f"GPUs: {found}" for host, found in _odd(everybody, "gpus").items()}
     newer = {host: f"versions: {found}" for host, found in _odd(everybody, "versions").items()}
     bad = {**newer, **other, **wrong, **refused}
@@ -142,7 +150,8 @@ def _facts(config: Config, shared: bool, right: bool, clock: float) -> Facts:
         free_gib=free,
         cannot_write=refused,
         shares_folder=shared,
-        computes=right and product,
+        computes=product,
+        exchanges=right,
         products_per_second=speed,
     )
 

@@ -20,7 +20,7 @@ _FIXED = {
     "model": (*SHAPE, "mtp_num_layers"),
     "lora": ["rank", "alpha", "targets"],
     "data": ["seq_length"],
-    "train": ["seed"],
+    "train": ["seed", "block"],
     "precision": ["dtype"],
     "parallel": ["distributed_optimizer"],
 }
@@ -37,8 +37,10 @@ def lock_folder(folder: Path) -> TextIO:
         ) from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         raise UserError(f"run_dir = {folder}: another run is using it; wait for it, end it, or set another") from None
+    except OSError as error:  # such as Lustre without -o flock
+        print(f"run_dir = {folder}: no locks there ({error.strerror}); see that no second run uses it", flush=True)
     return lock
 
 
@@ -52,6 +54,11 @@ def resume(path: Path, config: Config, stream: Stream, state: TrainState, base: 
             "give back that corpus, or set another run_dir to start anew"
         )
     saved = store.saved_config(meta)
+    if saved.method != config.method:
+        raise CheckpointError(
+            f"method = {config.method}: the checkpoint {path} was made with {saved.method}; set it back, or set "
+            "another run_dir, and train.init_from to begin with these weights"
+        )
     for section, names in _FIXED.items():
         for name in names:
             was, now = (getattr(getattr(c, section), name) for c in (saved, config))

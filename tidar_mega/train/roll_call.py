@@ -86,17 +86,22 @@ class Survey:
 class RollCall:
     """This rank's end of the shared store. One thread talks to the store, which may never answer; another one does not.
 
-    A rank that is at one place for `hang_seconds` (see `progress`) ends the run.
+    A rank that is at one place for `hang_seconds`, which the setting `limit` says, ends the run (see `progress`).
     """
 
     def __init__(
-        self, rank: int, world_size: int, connect: Callable[[], Store], hang_seconds: float = float("inf")
+        self,
+        rank: int,
+        world_size: int,
+        connect: Callable[[], Store],
+        hang_seconds: float = float("inf"),
+        limit: str = "health.hang_minutes",
     ) -> None:
         self.rank = rank
         self.world_size = world_size
         self.ending = False  # the main thread has met an error, and will end this process
         self._connect = connect
-        self._hang_seconds = hang_seconds
+        self._hang_seconds, self._limit = hang_seconds, limit
         self._place, self._since = Place(0, "starting"), time.monotonic()
         self._beat = 0
         self._note: Note | None = None  # the first that any rank has left, and when this one saw it
@@ -204,7 +209,7 @@ class RollCall:
         if since != self._since or self._note is not None:
             return  # it went on meanwhile, or all has been said
         text = (
-            f"no progress for {self._hang_seconds / 60:g} minutes (health.hang_minutes) at {self._place}: "
+            f"no progress for {self._hang_seconds / 60:g} minutes ({self._limit}) at {self._place}: "
             f"{blame or 'all ranks answer, so look at the network and the disk'}; the stacks of all ranks are in their "
             "logs; the same command resumes from the newest checkpoint"
         )
