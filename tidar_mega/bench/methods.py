@@ -38,12 +38,13 @@ METHODS: dict[str, tuple[str, ...]] = {
     "block_diffusion": ("method=block_diffusion",),
     "tidar": ("method=tidar",),
     "tidar_position": ("method=tidar", *_POSITION),
-    "tidar_position_focal": ("method=tidar", *_POSITION, _FOCAL),
     "tidar_left_to_right": ("method=tidar", *_POSITION, _FOCAL, _CHAIN),
     "idlm": ("method=idlm",),
     "masked_diffusion": ("method=masked_diffusion",),
     "ssmd": ("method=ssmd",),
 }
+# of both samplers, fewer than `tidar bench diffusion` tries: the whole comparison is to end within an hour on two cores
+_CURVES = ("--windows", "2:0.005", "3:0.01", "4:0.02", "8:0.04", "10:0.083", "--forwards", "8", "16", "32", "64", "128")
 _JUDGE, _STANDARD, _SPECULATIVE = "ar", "masked_diffusion", "ssmd"
 
 
@@ -176,7 +177,7 @@ def _sampled(config: Config, judge: Config | None, standard: Config | None, args
     path = Path(config.run_dir) / "diffusion.json"
     baseline = ("--baseline", standard.run_dir) if standard is not None else ()
     judged = ("--judge", judge.run_dir, *baseline, "--samples", str(args.samples))
-    _tidar("bench", "diffusion", config.run_dir, *judged, "--json", str(path))
+    _tidar("bench", "diffusion", config.run_dir, *judged, *_CURVES, "--json", str(path))
     found = json.loads(path.read_text())
     return {name: value for name, value in found.items() if name.startswith("forwards_ratio")}
 
