@@ -14,7 +14,7 @@ from tidar_mega.plan.layout import Layout, make_layout
 from tidar_mega.plan.memory import activation_bytes, in_flight, layer_activations, stage_memory
 from tidar_mega.plan.parameters import head_parameters, total_parameters
 from tidar_mega.plan.timing import bubble_fraction
-from tidar_mega.plan.work import drafted_rows, sequence_work, training_flops
+from tidar_mega.plan.work import sequence_work, training_flops
 
 VOCAB, MASK, LENGTH = 500, 499, 256
 SHAPE = {"num_layers": 3, "hidden_size": 64, "ffn_hidden_size": 160, "num_attention_heads": 8, "num_query_groups": 4}
@@ -196,7 +196,7 @@ def test_pairs_are_those_of_the_mask_and_of_its_tiles(block, fraction):
     count = 64 if fraction < 1 else 1  # blocks are drawn at random, and the formula is their mean
     rows = methods.load(config, MASK).training_rows(clean_rows(count), torch.arange(count))
     work = sequence_work(config)
-    assert rows.shape[1] == work.rows == LENGTH + drafted_rows(config)
+    assert rows.shape[1] == work.rows == LENGTH + config.drafted_rows
     assert visible_pairs(rows) / count == pytest.approx(work.pairs, rel=0.02 if fraction < 1 else 1e-9)
     if fraction == 1:
         mask = TrainingAttention(rows, "flex").block_mask
