@@ -21,6 +21,7 @@ BAD = {
     "optimizer.warmup_steps=1000": "train.steps",
     "optimizer.min_lr=1": "optimizer.lr",
     "precision.dtype=fp8": "bf16",
+    "precision.fp8=bogus": "tensorwise",
     "model.attention=fast": "tiles",
     "no_such=1": "allowed here",
     "oops": "key=value",

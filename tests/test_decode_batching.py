@@ -140,13 +140,15 @@ def test_commits_and_ends_move_no_keys(model):  # noqa: F811
     keys = [*e.cache.k.values(), *e.cache.v.values()]
     addresses = [x.data_ptr() for x in keys]
     first = e.add(PROMPTS[1], replace(SAMPLED, stop_tokens=()))
-    kept = {}
+    kept, held = {}, {}
     for step in range(12):
         if step % 2:
             e.add(PROMPTS[step % 4], replace(SAMPLED, max_tokens=3, stop_tokens=()))
         if step == 7:
             e.cancel(e.running[-1])
         e.step()
+        for request in e.running:
+            assert held.setdefault(request, list(request.slots.runs)) == request.slots.runs, "whoever else has ended"
         slots = [slot for run in first.slots.of(0, first.length) for slot in run]
         for slot in slots:
             now = [x[:, slot].clone() for x in keys]
@@ -227,10 +229,11 @@ def forced_logprobs(model, prompt, tokens) -> list[float]:  # noqa: F811
 def test_the_attention_of_gpus_gives_the_same(model, mode):  # noqa: F811
     """FlexAttention over pages, merged by log-sum-exp: here without its kernels, through the same tables and masks."""
     params = [replace(SAMPLED, seed=i, stop_tokens=(), max_tokens=12) for i in range(4)]
-    expected = engine(model).generate(PROMPTS, params, "ar")
+    expected = engine(model, prefill_chunk=9).generate(PROMPTS, params, mode)
     e = engine(model, page=16, cache_tokens=320, prefill_chunk=9)
     e.forwards.attention = FlexPagedAttention
-    assert [g.tokens for g in e.generate(PROMPTS, params, mode)] == [g.tokens for g in expected]
+    found = e.generate(PROMPTS, params, mode)
+    assert [(g.tokens, g.accepted) for g in found] == [(g.tokens, g.accepted) for g in expected]
 
 
 @pytest.mark.parametrize("outcomes", ["all", [1, 3]])
@@ -238,15 +241,15 @@ def test_the_attention_of_gpus_gives_the_same(model, mode):  # noqa: F811
 def test_recorded_forwards_give_the_same(model, outcomes, sampling):  # noqa: F811
     """What a GPU replays as a CUDA graph, run here from the same buffers: three requests in the room of four."""
     params = [replace(sampling, seed=i, stop_tokens=(), max_tokens=9 + 4 * i) for i in range(3)]
-    expected = engine(model).generate(PROMPTS[:3], params, "ar")
+    plain = engine(model, prefill_chunk=9, outcomes=outcomes)
     e = engine(model, page=16, cache_tokens=320, prefill_chunk=9, outcomes=outcomes)
     e.forwards.attention, e.forwards.recorder = FlexPagedAttention, Recorder(e.forwards, e.cache.pages_of(131))
     for _ in range(2):  # the second time with other pages, lengths and seeds in the same buffers
-        found = e.generate(PROMPTS[:3], params, "fused")
-        assert [g.tokens for g in found] == [g.tokens for g in expected]
+        found, expected = (x.generate(PROMPTS[:3], params, "fused") for x in (e, plain))
+        assert [(g.tokens, g.accepted) for g in found] == [(g.tokens, g.accepted) for g in expected]
         for ours, theirs in zip(found, expected, strict=True):
             assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
-        params, expected = params[::-1], engine(model).generate(PROMPTS[:3], params[::-1], "ar")
+        params = params[::-1]
     kinds = set(e.forwards.recorder.recordings)
     assert any(kind.requests == 4 for each in kinds for kind in each)
     assert outcomes == "all" or any(len({kind.plan for kind in each}) == 2 for each in kinds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from dataclasses import replace
 
@@ -28,17 +29,29 @@ PARAMS = [
 ]
 
 
-def _decode(rank: int, tensor: int, pipeline: int) -> dict[str, list[list[int]]]:
+def _decode(rank: int, tensor: int, pipeline: int, data: int = 1) -> dict[str, list[tuple]]:
+    """What came out, and what was accepted on the way: a draft that is wrong would cost speed alone."""
     config = tiny_config()
     # weights are cut from one full draw, so they are equal in every layout; large, so that ids differ in likelihood
     config = replace(
         config, parallel=ParallelConfig(tensor=tensor, pipeline=pipeline), model=replace(config.model, init_std=0.2)
     )
-    build_mesh(config)
+    mesh = build_mesh(config)
     (model,) = build(config, Bytes.vocab_size, training=False)
-    engine = Engine(InferenceModel(model), Bytes(), block=4, capacity=128)
-    found = {mode: [g.tokens for g in engine.generate(PROMPTS, PARAMS, mode)] for mode in ("fused", "ar")}
-    return found | {"alone": [engine.generate([p], s)[0].tokens for p, s in zip(PROMPTS, PARAMS, strict=True)]}
+    engine = Engine(InferenceModel(model), Bytes(), block=4, capacity=128, replicas=mesh.data if data > 1 else None)
+    found = {mode: [(g.tokens, g.accepted) for g in engine.generate(PROMPTS, PARAMS, mode)] for mode in ("fused", "ar")}
+    alone = [engine.generate([p], s)[0] for p, s in zip(PROMPTS, PARAMS, strict=True)] if data == 1 else []
+    return found | {"alone": [(g.tokens, g.accepted) for g in alone]}
+
+
+@functools.cache
+def one_process() -> dict[str, list[tuple]]:
+    (found,) = processes.run(_decode, 1, 1, 1)
+    tokens, accepted = zip(*found["fused"], strict=True)
+    assert list(tokens) == [ar for ar, _ in found["ar"]]
+    assert len({tuple(t) for t in tokens}) == 5 and len(set(tokens[1])) > 5
+    assert {1} < {r for of_one in accepted for r in of_one}, "some drafts are kept, some are not"
+    return found
 
 
 def _measure(rank: int, tensor: int, pipeline: int) -> bool:
@@ -68,8 +81,15 @@ def test_ranks_measure_as_often_as_one_another(tensor, pipeline):
 @pytest.mark.distributed
 @pytest.mark.parametrize("tensor, pipeline", [(2, 1), (1, 2)])
 def test_parallel_ranks_decode_what_one_process_decodes(tensor, pipeline):
-    (expected,) = processes.run(_decode, 1, 1, 1)
-    assert expected["fused"] == expected["ar"] == expected["alone"]
-    assert len({tuple(t) for t in expected["ar"]}) == 5 and len(set(expected["ar"][1])) > 5
+    expected = one_process()
+    assert expected["fused"] == expected["alone"]
     for found in processes.run(_decode, 2, tensor, pipeline):
         assert found == expected
+
+
+@pytest.mark.distributed
+def test_replicas_divide_the_prompts_and_give_all_of_them_in_order():
+    """Five prompts over two."""
+    expected = one_process()
+    for found in processes.run(_decode, 2, 1, 1, 2):
+        assert found == expected | {"alone": []}

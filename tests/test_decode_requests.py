@@ -170,7 +170,7 @@ def test_a_hostile_draft_changes_nothing_but_the_speed(model):
         "random": lambda _, result: torch.randint(256, (4,), generator=draw).tolist(),
         "mask": lambda _, result: [Bytes.mask] * 4,
         "repeat": lambda _, result: result.draft[:1] * 4,
-        "now and then": lambda _, result: result.draft if draw.get_state()[0] % 2 else [0] * 4,
+        "now and then": lambda _, result: result.draft if torch.randint(2, (), generator=draw) else [0] * 4,
         "short": lambda _, result: result.draft[: 1 + len(result.tokens) % 4],
     }
     for spoil in spoilers.values():

@@ -177,7 +177,7 @@ def test_torchrun_ends_all_and_shows_the_rank_that_failed_first(work):
 @pytest.fixture
 def ranks(tmp_path, monkeypatch):
     monkeypatch.setattr(roll_call, "PERIOD_SECONDS", 0.1)
-    monkeypatch.setattr(roll_call, "SURVEY_SECONDS", 0.5)
+    monkeypatch.setattr(roll_call, "SURVEY_SECONDS", 2.0)
     started = [RollCall(rank, 3, lambda: FileStore(str(tmp_path / "store"), 3)) for rank in range(3)]
     yield started
     for rank in started:

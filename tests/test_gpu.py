@@ -120,7 +120,11 @@ def test_a_resume_on_the_gpu_goes_on_where_it_stopped(work):
 def test_fused_decoding_on_the_gpu_equals_ar(work):
     texts = []
     for mode, outcomes in (("ar", "all"), ("fused", "all"), ("fused", "last"), ("fused", "none"), ("fused", "auto")):
-        settings = (f"decode.mode={mode}", f"decode.outcomes={outcomes}", "decode.max_tokens=64")
+        settings = (
+            f"decode.mode={mode}",
+            f"decode.outcomes={outcomes}",
+            "decode.max_tokens=300",
+        )  # beyond pages of 128
         tidar(work, "generate", "whole", "--prompt", "def main(", *settings, "--json", "text.json")
         texts.append(json.loads((work / "text.json").read_text())["text"])
     assert len(set(texts)) == 1
@@ -152,6 +156,7 @@ def test_recorded_forwards_on_the_gpu_give_the_same(work, say):
     figures = {}
     for name, graphs in (("recorded", "true"), ("launched one by one", "false")):
         small = ("--prompts", "8", "--batches", "1", "4", "--blocks", "4", "--no-peers", "--outcomes", "all", "last")
+        small += ("--max-tokens", "200")  # pages of 128 tokens fill up while recordings are replayed
         tidar(work, "bench", "decode", "whole", f"decode.cuda_graphs={graphs}", *small, "--json", "decode.json")
         found = json.loads((work / "decode.json").read_text())
         assert found["identical_to_ar"] == 1

@@ -190,6 +190,14 @@ def test_a_dry_run_shows_the_command_and_the_script_and_a_launch_needs_slurm(tmp
     assert not list(tmp_path.iterdir())
 
 
+def test_a_cluster_without_srun_is_said(tmp_path):
+    for name in ("sbatch", "scontrol"):
+        (tmp_path / name).write_text("#!/bin/sh")
+        (tmp_path / name).chmod(0o755)
+    refused = launch("configs/quickstart.yaml", "--gpus", "1", f"run_dir={tmp_path}/run", PATH=str(tmp_path))
+    assert refused.returncode == 2 and "srun is not on PATH" in refused.stderr
+
+
 def test_a_run_that_was_not_launched_has_no_status(tmp_path):
     (tmp_path / "job.json").write_text(json.dumps({}))
     for option in ("--status", "--cancel"):

@@ -6,6 +6,7 @@ norms agree within `LOSS` of their size and each gradient of the first step with
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from tests import processes
-from tests.test_main_job import make_corpus
+from tests.test_main_job import tidar
 from tests.test_training_step import full_gradient
 from tidar_mega import config as config_module
 
@@ -150,11 +151,27 @@ def whole_gradients(results: list[Result]) -> dict[str, torch.Tensor]:
     return {name: full_gradient(name, [parts[r] for r in sorted(parts)]) for name, parts in slices.items()}
 
 
+def packed_corpus(folder: Path) -> Path:
+    """Real source code cut at empty lines, so that most windows of 128 tokens hold several documents."""
+    text = "\n\n".join(Path(__import__(name).__file__).read_text() for name in ("argparse", "difflib", "inspect"))
+    lines = [json.dumps({"text": piece}) for piece in text.split("\n\n") if piece.strip()]
+    (folder / "pieces.jsonl").write_text("\n".join(lines))
+    tidar(
+        folder, "prepare", "pieces.jsonl", "--output", "corpus", "--vocab-size", "320", "--validation-fraction", "0.2"
+    )
+    return folder / "corpus"
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("layouts")
-    make_corpus(folder)
-    return folder / "corpus"
+    return packed_corpus(tmp_path_factory.mktemp("layouts"))
+
+
+def test_most_windows_hold_several_documents(corpus):
+    from tidar_mega.data.stream import open_stream
+
+    stream = open_stream(corpus, "train", 128, 1234)
+    assert sum(int(stream.rows(i).document.max()) > 0 for i in range(160)) > 80, "what 20 steps read"
 
 
 def run_layout(corpus: Path, layout: tuple, **more) -> list[list[Result]]:

@@ -185,7 +185,7 @@ def test_killed_during_an_asynchronous_save_it_goes_on_bit_for_bit_from_the_one_
         process.kill()
         assert psutil.wait_procs(writers, timeout=10)[1] == []
 
-    assert interrupt(work, "killed_asynchronous", 3, kill, *ASYNCHRONOUS) == -signal.SIGKILL
+    assert interrupt(work, "killed_asynchronous", 5, kill, *ASYNCHRONOUS) == -signal.SIGKILL
     assert before and sorted(p.name for p in checkpoints.glob("step_*")) == before
     assert list(checkpoints.glob(".step_*.unfinished"))
     out = tidar(work, "pretrain", "run.yaml", "run_dir=killed_asynchronous", *ASYNCHRONOUS)

@@ -1,4 +1,4 @@
-"""Masked diffusion and methods with several rows for a place, cut every way that TiDAR can be, against one process."""
+"""Every other method, cut every way that TiDAR can be, against one process."""
 
 from __future__ import annotations
 
@@ -9,14 +9,23 @@ import pytest
 import torch
 
 from tests import processes
-from tests.test_layouts import ALONE, GRADIENT, LAYOUTS, LOSS, compare, load_and_go_on, save_and_go_on, train
+from tests.test_layouts import (
+    ALONE,
+    GRADIENT,
+    LAYOUTS,
+    LOSS,
+    compare,
+    load_and_go_on,
+    packed_corpus,
+    save_and_go_on,
+    train,
+)
 from tests.test_layouts import settings as tidar_settings
-from tests.test_main_job import make_corpus
 from tidar_mega import config as config_module
 
 pytestmark = pytest.mark.distributed
 STEPS = 3
-METHODS = ("masked_diffusion", "ssmd", "mtp")
+METHODS = ("ar", "block_diffusion", "idlm", "masked_diffusion", "ssmd", "mtp")
 
 
 def settings(corpus: Path, layout: tuple, method: str, **more) -> config_module.Config:
@@ -29,9 +38,7 @@ def settings(corpus: Path, layout: tuple, method: str, **more) -> config_module.
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("layouts")
-    make_corpus(folder)
-    return folder / "corpus"
+    return packed_corpus(tmp_path_factory.mktemp("layouts"))
 
 
 @pytest.fixture(scope="module")

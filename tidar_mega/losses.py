@@ -86,9 +86,10 @@ def of_drafts(loss_M: Tensor, right_M: Tensor, draft_M: Tensor, slot_M: Tensor, 
     counts_GK[draft_M, slot_M] = 1
     for x_GK in (loss_GK, wrong_GK, counts_GK):
         x_GK[:, :first] = 0
-    is_first_GK = wrong_GK * (wrong_GK.cumsum(dim=1) == 1)
-    reached_GK = (-loss_GK.cumsum(dim=1)).exp() * counts_GK  # prod_{j<=k} q_j
-    chain_GK = reached_GK.flip(1).cumsum(dim=1).flip(1) * counts_GK
+    until_KK = loss_GK.new_ones(shape_GK[1], shape_GK[1]).triu()  # a cumsum of floats is not deterministic on a GPU
+    is_first_GK = wrong_GK * (wrong_GK @ until_KK == 1)
+    reached_GK = (-loss_GK @ until_KK).exp() * counts_GK  # prod_{j<=k} q_j
+    chain_GK = reached_GK @ until_KK.t() * counts_GK
     return DraftLosses(
         (is_first_GK * loss_GK).sum(dim=1),
         reached_GK.sum(dim=1),

@@ -7,6 +7,7 @@ Shape suffixes: none; see decode/.
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import statistics
 import tempfile
@@ -119,6 +120,7 @@ def _setting(loaded: Loaded, prompts, args: argparse.Namespace, peer, batch: int
     """The rows of one batch size and temperature."""
     base = replace(loaded.params, max_tokens=args.max_tokens, temperature=temperature)
     params = [base.for_request(i) for i in range(len(prompts))]
+    gc.collect()  # engines of the setting before: their pages are real memory on a GPU
     ways = [_ar(loaded, batch)]
     expected = ways[0].decode(prompts, params)
     for block in args.blocks:

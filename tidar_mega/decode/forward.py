@@ -194,6 +194,8 @@ class Forwards:
         members: dict[tuple[Plan, str, float], list[int]] = {}
         for i, work in enumerate(works):
             members.setdefault((work.plan, work.params.rule, work.params.beta), []).append(i)
+        # in an order of their own, not that of the requests: what is made for the same plans is found again
+        members = {key: members[key] for key in sorted(members, key=repr)} if len(members) > 1 else members
         batches = [[works[i] for i in places] for places in members.values()]
         recorded = self.recorder.run(batches) if self.recorder else None
         found = iter(result for batch in recorded or self._run(batches) for result in batch)

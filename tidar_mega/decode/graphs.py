@@ -52,7 +52,9 @@ class Recorder:
     def __init__(self, forwards: Forwards, width: int) -> None:
         self.forwards, self.width = forwards, width
         self.recordings: OrderedDict[tuple[Kind, ...], Recording] = OrderedDict()
-        self.pool = torch.cuda.graph_pool_handle() if forwards.device.type == "cuda" else None
+        on_gpu = forwards.device.type == "cuda"
+        self.pool = torch.cuda.graph_pool_handle() if on_gpu else None
+        self.side = torch.cuda.Stream() if on_gpu else None  # one for all: cuBLAS keeps a workspace for each stream
 
     def run(self, batches: list[list[Work]]) -> list[list[Result]] | None:
         """One forward of the requests of each plan, or None if its like is not recorded."""
@@ -61,7 +63,7 @@ class Recorder:
         samplings = [self._sampling(batch) for batch in batches]
         kinds = tuple(_kind(batch, sampling) for batch, sampling in zip(batches, samplings, strict=True))
         if kinds not in self.recordings:
-            self.recordings[kinds] = Recording(self.forwards, kinds, samplings, self.width, self.pool)
+            self.recordings[kinds] = Recording(self.forwards, kinds, samplings, self.width, self.pool, self.side)
         self.recordings.move_to_end(kinds)
         if len(self.recordings) > MOST:
             self.recordings.popitem(last=False)
@@ -90,7 +92,7 @@ class Recording:
     """One kind of forward, from the buffers that it reads to the one that it fills."""
 
     def __init__(
-        self, forwards: Forwards, kinds: tuple[Kind, ...], samplings: Sequence[Sampling], width: int, pool
+        self, forwards: Forwards, kinds: tuple[Kind, ...], samplings: Sequence[Sampling], width: int, pool, side
     ) -> None:
         self.forwards, self.kinds, self.width = forwards, kinds, width
         on_gpu = forwards.device.type == "cuda"
@@ -102,7 +104,7 @@ class Recording:
         self.biases = [forwards.rows_of(kind.plan)[1] for kind in kinds]
         self.samplings, self.copied = [_own(sampling) for sampling in samplings], list(samplings)
         self._give([[]] * len(kinds))
-        self.replay, self.packed = self._record(pool) if on_gpu else (self._run_here, None)
+        self.replay, self.packed = self._record(pool, side) if on_gpu else (self._run_here, None)
 
     def run(self, batches: list[list[Work]], samplings: Sequence[Sampling]) -> list[list[Result]]:
         self._give(batches)
@@ -128,9 +130,8 @@ class Recording:
         self.host.copy_(torch.tensor(lines, dtype=torch.int64))
         self.given.copy_(self.host, non_blocking=True)
 
-    def _record(self, pool) -> tuple[Callable[[], None], Tensor]:
+    def _record(self, pool, side: torch.cuda.Stream) -> tuple[Callable[[], None], Tensor]:
         # on a stream of its own, as torch asks for; nobody is in the buffers yet, so that no request's rows are written
-        side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARM_UP):

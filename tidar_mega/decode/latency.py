@@ -26,7 +26,7 @@ from tidar_mega.decode.sampling import SamplingParams, choose
 from tidar_mega.methods import Drafter
 
 FILE = "latency.json"
-FORMAT = 2
+FORMAT = 3
 MOST = 1024  # rows of a measured forward; beyond, the last slope goes on
 BURST, BURST_SECONDS = 16, 0.1  # of one size in a row
 PREFIXES = (64, 1024)  # committed tokens of each request
@@ -38,7 +38,7 @@ class Latency:
     """Seconds behind so many committed tokens, by linear interpolation between measured points (and beyond them by the
     last slope).
 
-    step    for each number of requests: (rows of each request, seconds of a forward that chooses one token per request)
+    step    for each number of requests: (rows of each request, seconds of a forward but for its head)
     fused   likewise of forwards that verify drafts and make the next, but for their two heads; as far as `longest`
     head    (rows, seconds) of logits and greedy choice; sampled  the same with noise
     """
@@ -57,7 +57,7 @@ class Latency:
         head = self.sampled if sampled else self.head
         if second:
             return _interpolate(self.fused[near], each) + _interpolate(head, first) + _interpolate(head, second)
-        return _interpolate(self.step[near], each) - _interpolate(self.head, near) + _interpolate(head, first)
+        return _interpolate(self.step[near], each) + _interpolate(head, first)
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def measure(
     The cache must hold them. Medians; the sizes are measured in turn, so that a slow moment does not bend the curve.
     """
     most = most_rows(block)
-    plain = [Plan(r, 1) for r in [*(r for r in ROWS if r < most), most]]
+    plain = [Plan(r, r) for r in [*(r for r in ROWS if r < most), most]]  # verified drafts, as CUDA graphs hold them
     drafting = [
         Plan(clean, clean, outcomes, b, drafter=drafter)
         for b in ([] if drafter.depths else draft_lengths(block))  # layers that draft have no outcomes to choose
@@ -132,13 +132,13 @@ def measure(
     found = _medians(forwards.model, jobs, repeats)
     for slots in held:
         forwards.cache.give_back(slots)
-    step = {n: [(plan.rows, found[n, plan]) for plan in plain if (n, plan) in found] for n in requests}
+    step: dict[int, list[tuple[float, float]]] = {n: [] for n in requests}
     fused: dict[int, list[tuple[float, float]]] = {n: [] for n in requests}
     for (n, plan), seconds in found.items():
-        if plan.outcomes:
-            heads_too = _interpolate(head, n * plan.choosing) + _interpolate(head, n * (plan.slots - 1))
-            fused[n].append((plan.rows, seconds - heads_too))
-    return Latency(step, {n: _curve(points) for n, points in fused.items()}, head, sampled, block)
+        heads_too = _interpolate(head, n * plan.choosing)
+        heads_too += _interpolate(head, n * (plan.slots - 1)) if plan.outcomes else 0.0
+        (fused if plan.outcomes else step)[n].append((plan.rows, max(seconds - heads_too, 0.0)))
+    return Latency(_curves(step), _curves(fused), head, sampled, block)
 
 
 def most_rows(block: int) -> int:
@@ -151,12 +151,15 @@ def _forward(forwards: Forwards, plan: Plan, held: Sequence[Slots], prefix: int)
     return lambda: forwards.run(works)
 
 
-def _curve(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+def _curves(measured: dict[int, list[tuple[float, float]]]) -> dict[int, list[tuple[float, float]]]:
     """In the order of rows; one point for each number of rows."""
-    by_rows: dict[float, list[float]] = {}
-    for rows, seconds in sorted(points):
-        by_rows.setdefault(rows, []).append(seconds)
-    return [(rows, statistics.mean(seconds)) for rows, seconds in by_rows.items()]
+    found = {}
+    for n, points in measured.items():
+        by_rows: dict[float, list[float]] = {}
+        for rows, seconds in sorted(points):
+            by_rows.setdefault(rows, []).append(seconds)
+        found[n] = [(rows, statistics.mean(seconds)) for rows, seconds in by_rows.items()]
+    return found
 
 
 def _head(forwards: Forwards, rows: int, temperature: float):

@@ -13,6 +13,7 @@ Shape suffixes: T rows, B sequences, I inputs and O outputs (of this tensor-para
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -126,7 +127,8 @@ def _sharded(linear: nn.Module, split: dict[str, int], prefix: str, offsets: tup
 
 def adapt(layer: ModuleSpec, lora: LoraConfig) -> None:
     """Puts adapters into the layer spec, at `lora.targets`."""
-    attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
+    attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp
+    mlp = mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules  # from megatron 0.18 on
     for name in lora.targets:
         kind = LoraColumn if name in ("linear_qkv", "linear_fc1") else LoraRow
         setattr(attention if hasattr(attention, name) else mlp, name, ModuleSpec(kind, params={"lora": lora}))

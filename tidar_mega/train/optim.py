@@ -109,6 +109,9 @@ def _allocate_state(optimizer: MegatronOptimizer) -> None:
     """Moments as after zero steps: megatron can neither save nor load an optimizer that has none yet."""
     for part in _parts(optimizer):
         if isinstance(part.optimizer, HybridDeviceOptimizer):
+            for named in (part.optimizer.defaults, *part.optimizer.param_groups):
+                # classes, of which it has its own note; with them a checkpoint of its groups could not be read back
+                named |= {"cpu_optimizer_cls": None, "gpu_optimizer_cls": None}
             for inner in part.optimizer.sub_optimizers:
                 _zero_moments(inner)
             part.optimizer._sync_sub_optimizers_state_to_hdo()
@@ -164,7 +167,11 @@ def apply_settings(config: Config, optimizer: MegatronOptimizer) -> None:
         for group in part.optimizer.param_groups:
             group |= part.optimizer.defaults | group
             group |= {"max_lr": o.lr, "min_lr": o.min_lr, "betas": (o.beta1, o.beta2), "eps": o.epsilon}
-            if "step" in group:
+            if isinstance(part.optimizer, HybridDeviceOptimizer):
+                group.pop(
+                    "step", None
+                )  # its parts count for themselves, and would be set back to this one in every step
+            elif "step" in group:
                 group["step"] = int(group["step"])
 
 

@@ -6,6 +6,7 @@ Each rank says what it sees; all ranks get all of it and come to the same verdic
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -216,10 +217,8 @@ def _exchange(numbers: int) -> tuple[bool, float]:
     seconds, right = [], True
     for _ in range(3):
         values = (small + rank).float()
-        started = time.perf_counter()
-        dist.all_reduce(values)
-        total = values.sum(dtype=torch.float64).item()  # waits for the device
-        seconds.append(time.perf_counter() - started)
+        seconds.append(device.seconds(functools.partial(dist.all_reduce, values)))
+        total = values.sum(dtype=torch.float64).item()
         right = right and torch.equal(values, expected) and total == expected.sum(dtype=torch.float64).item()
     return right, 2 * (ranks - 1) / ranks * 4 * numbers / min(seconds)
 
