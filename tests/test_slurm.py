@@ -228,7 +228,7 @@ def test_restarts_are_bounded(work):
 
 
 def test_a_cancelled_job_saves_and_stays_cancelled(work):
-    asked = ("--nodes", "2", "--gpus", "0", "--time", "20", "run_dir=cancelled")
+    asked = ("--nodes", "2", "--gpus", "0", "--time", "20", "run_dir=cancelled", "train.steps=3000")
     job = re.search(r"job (\d+) is in the queue", tidar(work, "launch", "run.yaml", *asked))[1]
     reached(work, "cancelled", 3)
     assert f"job {job}: RUNNING on 127.0.0.[11-12]" in tidar(work, "launch", "--status", "cancelled")
