@@ -6,6 +6,7 @@ its size. A folder without a published name was never finished and is removed by
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import inspect
@@ -142,10 +143,11 @@ class _Growth:
         if time.monotonic() - self.looked < _LOOK_SECONDS:
             return
         self.looked = time.monotonic()
-        size = sum(path.stat().st_size for path in self.folder.glob("*.distcp"))
-        if size != self.size:
-            self.size = size
-            self.grown()
+        with contextlib.suppress(OSError):  # a network file system may lose sight of a file: no reason to give up
+            size = sum(path.stat().st_size for path in self.folder.glob("*.distcp"))
+            if size != self.size:
+                self.size = size
+                self.grown()
 
 
 @dataclass(frozen=True)

@@ -168,9 +168,8 @@ def apply_settings(config: Config, optimizer: MegatronOptimizer) -> None:
             group |= part.optimizer.defaults | group
             group |= {"max_lr": o.lr, "min_lr": o.min_lr, "betas": (o.beta1, o.beta2), "eps": o.epsilon}
             if isinstance(part.optimizer, HybridDeviceOptimizer):
-                group.pop(
-                    "step", None
-                )  # its parts count for themselves, and would be set back to this one in every step
+                # its parts count for themselves, and would be set back to this one in every step
+                group.pop("step", None)
             elif "step" in group:
                 group["step"] = int(group["step"])
 
