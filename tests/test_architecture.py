@@ -26,7 +26,8 @@ MAY_IMPORT = {
     "train": {"config", "plan", "rows", "device", "parallel", "data", "losses", "methods", "model", "checkpoint"},
     "decode": {"config", "rows", "device", "parallel", "data", "methods", "model", "checkpoint"},
 }
-MAY_IMPORT["evaluation"] = MAY_IMPORT["decode"] | {"decode", "losses"}
+MAY_IMPORT["arguments"] = {"config"}
+MAY_IMPORT["evaluation"] = MAY_IMPORT["decode"] | {"decode", "losses", "arguments"}
 MAY_IMPORT["bench"] = MAY_IMPORT["evaluation"] | MAY_IMPORT["train"] | {"evaluation", "train", "launch"}
 MAY_IMPORT["doctor"] = {"config", "data"}
 MAY_IMPORT["cli"] = set(MAY_IMPORT) | {"bench", "doctor"}

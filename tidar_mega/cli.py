@@ -5,19 +5,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import json
 import os
-import re
 import sys
 import warnings
 from pathlib import Path
 
 from tidar_mega import config as config_module
+from tidar_mega.arguments import STDOUT, add_json, check_json, file, write_json
 from tidar_mega.config import Config, UserError
 
 # What megatron-core and torch say at import and inside their own calls, on every rank; `tidar doctor` says it once.
 _THEIR_WARNINGS = r"(megatron|torch)\."
-_STDOUT = Path("-")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,8 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args.arguments = list(arguments)
         figures_to = getattr(args, "json", None)
-        _check_json(figures_to)
-        with contextlib.redirect_stdout(sys.stderr if figures_to == _STDOUT else sys.stdout):
+        check_json(figures_to)
+        with contextlib.redirect_stdout(sys.stderr if figures_to == STDOUT else sys.stdout):
             return args.verb(args) or 0
     except UserError as error:
         rank = f"[rank {os.environ['RANK']}] " if os.environ.get("RANK", "0") != "0" else ""
@@ -59,45 +57,9 @@ def _add_choices(parser: argparse.ArgumentParser, choices: dict, arguments: list
             add_arguments(chosen, arguments[1:])
 
 
-def _add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--json",
-        type=_file,
-        nargs="?",
-        const=_STDOUT,
-        metavar="FILE",
-        help="also write the figures to this file; without one, print them alone and all else to stderr",
-    )
-
-
-def _file(word: str) -> Path:
-    """The value of an option that may also stand without one, which takes a setting behind it for its file."""
-    if re.match(r"[a-z_]+(\.[a-z_0-9]+)?=", word):
-        raise argparse.ArgumentTypeError(f"{word}: looks like a setting; name a file, or put the settings first")
-    return Path(word)
-
-
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help="a run folder, or one of its checkpoints/step_* folders")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as decode.temperature=1")
-
-
-def _write_json(path: Path | None, figures: dict) -> None:
-    text = json.dumps(figures, indent=1) + "\n"
-    if path == _STDOUT:
-        print(text, end="", file=sys.__stdout__, flush=True)
-    elif path is not None:
-        path.write_text(text)
-
-
-def _check_json(path: Path | None) -> None:
-    """Before the work, not after it."""
-    try:
-        if path not in (None, _STDOUT):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.open("a").close()
-    except OSError as error:
-        raise UserError(f"--json {path}: cannot be written ({error.strerror}); name a file that can") from None
 
 
 # doctor
@@ -106,7 +68,7 @@ def _check_json(path: Path | None) -> None:
 def _add_doctor(parser, _) -> None:
     parser.set_defaults(verb=_doctor)
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="also check every shard of a prepared folder")
-    _add_json(parser)
+    add_json(parser)
 
 
 def _doctor(args) -> int:
@@ -114,7 +76,7 @@ def _doctor(args) -> int:
 
     findings = doctor.examine(args.data)
     doctor.show(findings)
-    _write_json(args.json, {f.name: f.status for f in findings})
+    write_json(args.json, {f.name: f.status for f in findings})
     return 1 if any(f.status == doctor.MISSING for f in findings) else 0
 
 
@@ -126,13 +88,13 @@ def _add_prepare(parser, _) -> None:
 
     parser.set_defaults(verb=_prepare)
     prepare.add_arguments(parser)
-    _add_json(parser)
+    add_json(parser)
 
 
 def _prepare(args) -> None:
     from tidar_mega.data import prepare
 
-    _write_json(args.json, prepare.run(args))
+    write_json(args.json, prepare.run(args))
 
 
 # plan
@@ -143,14 +105,14 @@ def _add_plan(parser, _) -> None:
 
     parser.set_defaults(verb=_plan)
     command.add_arguments(parser)
-    _add_json(parser)
+    add_json(parser)
 
 
 def _plan(args) -> int:
     from tidar_mega.plan import command
 
     figures = command.run(args)
-    _write_json(args.json, figures)
+    write_json(args.json, figures)
     return 0 if figures["fits"] else 1
 
 
@@ -246,13 +208,13 @@ def _add_generate(parser, _) -> None:
     parser.add_argument("--show-commits", action="store_true", help="mark what each forward committed")
     parser.add_argument(
         "--trace",
-        type=_file,
+        type=file,
         nargs="?",
-        const=_STDOUT,
+        const=STDOUT,
         metavar="FILE",
         help="show each forward's draft, what was accepted and what AR put instead; with a FILE, as a page of HTML",
     )
-    _add_json(parser)
+    add_json(parser)
 
 
 def _generate(args) -> int | None:
@@ -261,7 +223,7 @@ def _generate(args) -> int | None:
         return code
     from tidar_mega.decode import generate
 
-    _write_json(args.json, generate.run(args.checkpoint, args.overrides, prompt, args.show_commits, args.trace))
+    write_json(args.json, generate.run(args.checkpoint, args.overrides, prompt, args.show_commits, args.trace))
     return None
 
 
@@ -310,7 +272,7 @@ def _measurement(name: str, of_checkpoint: bool):
         if of_checkpoint:
             _add_checkpoint(parser)
         module.add_arguments(parser)
-        _add_json(parser)
+        add_json(parser)
 
     return add
 
@@ -318,7 +280,7 @@ def _measurement(name: str, of_checkpoint: bool):
 def _bench(args) -> int | None:
     if "checkpoint" in args and (code := _in_ranks(args)) is not None:
         return code
-    _write_json(args.json, args.measure(args))
+    write_json(args.json, args.measure(args))
     return None
 
 
@@ -331,7 +293,7 @@ def _add_evaluate(parser, _) -> None:
     parser.set_defaults(verb=_evaluate)
     _add_checkpoint(parser)
     watch.add_arguments(parser)
-    _add_json(parser)
+    add_json(parser)
 
 
 def _evaluate(args) -> int | None:
@@ -344,7 +306,7 @@ def _evaluate(args) -> int | None:
     from tidar_mega.evaluation import checkpoint
     from tidar_mega.train import board
 
-    _write_json(args.json, checkpoint.run(args, board.evaluation))
+    write_json(args.json, checkpoint.run(args, board.evaluation))
     return None
 
 

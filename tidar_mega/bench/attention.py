@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from tidar_mega import device
-from tidar_mega.config import UserError, positive
+from tidar_mega.arguments import positive
+from tidar_mega.config import UserError
 from tidar_mega.model.attention import TrainingAttention, choose_backend
 from tidar_mega.rows import Rows, visible
 

@@ -20,8 +20,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from tidar_mega.arguments import positive
 from tidar_mega.bench.figure import save
-from tidar_mega.config import UserError, positive
+from tidar_mega.config import UserError
 from tidar_mega.data.stream import open_stream
 from tidar_mega.decode.engine import Engine
 from tidar_mega.decode.load import Loaded, load_engine, write_transformers

@@ -16,8 +16,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from tidar_mega.arguments import positive
 from tidar_mega.bench.figure import save
-from tidar_mega.config import ConfigError, UserError, positive
+from tidar_mega.config import ConfigError, UserError
 from tidar_mega.data.stream import Stream, open_stream
 from tidar_mega.data.tokenizer import Tokenizer
 from tidar_mega.decode import load

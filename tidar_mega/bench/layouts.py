@@ -23,8 +23,9 @@ from rich.table import Table
 
 from tidar_mega import config as config_module
 from tidar_mega import device, launch, methods
+from tidar_mega.arguments import positive
 from tidar_mega.bench.text import RandomText
-from tidar_mega.config import Config, UserError, positive
+from tidar_mega.config import Config, UserError
 from tidar_mega.model import gpt
 from tidar_mega.parallel.mesh import build_mesh
 from tidar_mega.train import optim

@@ -22,8 +22,9 @@ from rich.table import Table
 
 from tidar_mega import config as config_module
 from tidar_mega import methods
+from tidar_mega.arguments import positive
 from tidar_mega.bench.figure import save
-from tidar_mega.config import Config, UserError, positive
+from tidar_mega.config import Config, UserError
 from tidar_mega.data.tokenizer import Tokenizer
 from tidar_mega.model.gpt import padded_vocab_size
 from tidar_mega.plan import training_flops

@@ -7,7 +7,7 @@ import argparse
 from rich.console import Console
 from rich.table import Table
 
-from tidar_mega.config import positive
+from tidar_mega.arguments import positive
 from tidar_mega.decode import latency
 from tidar_mega.decode.load import load_engine
 

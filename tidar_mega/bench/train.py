@@ -17,9 +17,10 @@ from rich.table import Table
 
 from tidar_mega import config as config_module
 from tidar_mega import device, methods
+from tidar_mega.arguments import positive
 from tidar_mega.bench.plain import PlainModel
 from tidar_mega.bench.text import RandomText
-from tidar_mega.config import Config, positive
+from tidar_mega.config import Config
 from tidar_mega.model import gpt
 from tidar_mega.parallel.mesh import build_mesh
 from tidar_mega.rows import Rows

@@ -4,7 +4,6 @@
 names the key, the value found, what is allowed and what to do. Imports nothing of ours and no torch.
 """
 
-from tidar_mega.config.arguments import positive
 from tidar_mega.config.checks import check, check_batch
 from tidar_mega.config.errors import ConfigError, LostError, UserError
 from tidar_mega.config.settings import Config, LoraConfig, ModelConfig, ParallelConfig, PrecisionConfig
@@ -24,7 +23,6 @@ __all__ = [
     "from_tree",
     "load",
     "override",
-    "positive",
     "to_tree",
     "to_yaml",
 ]

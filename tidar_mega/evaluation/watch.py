@@ -9,7 +9,8 @@ import sys
 import time
 from pathlib import Path
 
-from tidar_mega.config import UserError, positive
+from tidar_mega.arguments import positive
+from tidar_mega.config import UserError
 
 FILE = "evaluations.jsonl"  # in the run folder, one line for each evaluation
 

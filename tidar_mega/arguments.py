@@ -1,0 +1,56 @@
+"""Options that several commands have: numbers that count something, and `--json`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+from tidar_mega.config import UserError
+
+STDOUT = Path("-")
+
+
+def positive(word: str) -> int:
+    """The `type` of an argument that counts something."""
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word}: must be a whole number of 1 or more")
+    return int(word)
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--json",
+        type=file,
+        nargs="?",
+        const=STDOUT,
+        metavar="FILE",
+        help="also write the figures to this file; without one, print them alone and all else to stderr",
+    )
+
+
+def file(word: str) -> Path:
+    """The value of an option that may also stand without one, which takes a setting behind it for its file."""
+    if re.match(r"[a-z_]+(\.[a-z_0-9]+)?=", word):
+        raise argparse.ArgumentTypeError(f"{word}: looks like a setting; name a file, or put the settings first")
+    return Path(word)
+
+
+def write_json(path: Path | None, figures: dict) -> None:
+    text = json.dumps(figures, indent=1) + "\n"
+    if path == STDOUT:
+        print(text, end="", file=sys.__stdout__, flush=True)
+    elif path is not None:
+        path.write_text(text)
+
+
+def check_json(path: Path | None) -> None:
+    """Before the work, not after it."""
+    try:
+        if path not in (None, STDOUT):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.open("a").close()
+    except OSError as error:
+        raise UserError(f"--json {path}: cannot be written ({error.strerror}); name a file that can") from None
