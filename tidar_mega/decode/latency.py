@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import time
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from tidar_mega import device as device_module
+from tidar_mega import device
 from tidar_mega.decode.cache import Slots
 from tidar_mega.decode.forward import DecodingModel, Forwards, Plan, Work
 from tidar_mega.decode.sampling import SamplingParams, choose
@@ -90,7 +89,7 @@ class Curves:
 
 def draft_lengths(block: int) -> list[int]:
     """Those that are measured and chosen from, but for 1, plain AR: powers of two, and `block`."""
-    return sorted({block, *(2**i for i in range(1, block.bit_length()) if 2**i <= block)} - {1})
+    return sorted({block, *(2**i for i in range(1, block.bit_length()))} - {1})
 
 
 def _interpolate(points: list[tuple[float, float]], x: float) -> float:
@@ -180,15 +179,9 @@ def _medians(model: DecodingModel, jobs: dict, repeats: int) -> dict:
         for key, job in jobs.items():
             job()  # a warm-up
             if key not in count:
-                count[key] = max(1, min(BURST, round(BURST_SECONDS / _of_the_slowest(model, _seconds(job)))))
-            times[key] += [_seconds(job) for _ in range(count[key])]
+                count[key] = max(1, min(BURST, round(BURST_SECONDS / _of_the_slowest(model, device.seconds(job)))))
+            times[key] += [device.seconds(job) for _ in range(count[key])]
     return {key: statistics.median(found) for key, found in times.items()}
-
-
-def _seconds(job) -> float:
-    started = time.perf_counter()
-    job()
-    return time.perf_counter() - started
 
 
 def _of_the_slowest(model: DecodingModel, seconds: float) -> float:
@@ -203,7 +196,7 @@ def _of_the_slowest(model: DecodingModel, seconds: float) -> float:
 def key(forwards: Forwards) -> str:
     """Model, machine, layout, and if steps are recorded: what a curve belongs to."""
     model, shape = forwards.model, forwards.model.config
-    kind = f"CPU {device_module.cpu_name()}, {torch.get_num_threads()} threads"
+    kind = f"CPU {device.cpu_name()}, {torch.get_num_threads()} threads"
     if forwards.device.type == "cuda":
         kind = torch.cuda.get_device_name() + (", CUDA graphs" if forwards.recorder else "")
     sizes = f"{shape.num_layers} layers of {shape.hidden_size}, {str(model.dtype).removeprefix('torch.')}"
