@@ -194,7 +194,7 @@ def test_a_cluster_without_srun_is_said(tmp_path):
     for name in ("sbatch", "scontrol"):
         (tmp_path / name).write_text("#!/bin/sh")
         (tmp_path / name).chmod(0o755)
-    refused = launch("configs/quickstart.yaml", "--gpus", "1", f"run_dir={tmp_path}/run", PATH=str(tmp_path))
+    refused = launch("configs/quickstart.yaml", "--gpus", "2", f"run_dir={tmp_path}/run", PATH=str(tmp_path))
     assert refused.returncode == 2 and "srun is not on PATH" in refused.stderr
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
 
-from tidar_mega.config import Config, ConfigError
+from tidar_mega.config import Config, ConfigError, UserError
 from tidar_mega.lifetime import end_with
 
 _LOOPBACK = "127.0.0.1"
+_PORTS = range(20000, 30000)  # those of Slurm jobs are below (slurm.py)
 _HINTS = {
     signal.SIGKILL: " (most often for lack of memory)",
     signal.SIGABRT: " (NCCL does that when a collective times out; what it said is above)",
@@ -107,6 +110,11 @@ def _end(ranks: list[subprocess.Popen], grace_seconds: float = 5.0) -> None:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((_LOOPBACK, 0))
-        return probe.getsockname()[1]
+    """A free port outside the system's range for outgoing connections, of which gloo opens many: one of that range can
+    be taken before rank 0 listens to it."""
+    for port in random.sample(_PORTS, len(_PORTS)):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch's own will listen
+            probe.bind((_LOOPBACK, port))
+            return port
+    raise UserError(f"no port of {_PORTS[0]} to {_PORTS[-1]} is free on {_LOOPBACK}: look at `ss -ltn`")
