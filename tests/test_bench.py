@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tidar_mega import cli
+from tidar_mega.bench import layouts
 
 pytestmark = pytest.mark.distributed
 
@@ -38,6 +39,16 @@ def test_bench_train(tmp_path):
     assert figures["speedup_over_plain"] > 0
     assert set(figures["peak_memory_bytes"]) == set(figures["tokens_per_second"]) == {"tidar_mega", "plain"}
     assert all(value > 2**20 for value in figures["peak_memory_bytes"].values())
+
+
+def test_bench_layouts(tmp_path):
+    size = ("--seq-length=32", "--layers=4", "--hidden=128", "--vocab=128", "--batch=2", "--steps=1", "--rounds=1")
+    figures = bench(tmp_path, "layouts", *size, "--processes=2")["layouts"]
+    processes = {str((t, p, v, c, d)): t * p * c * d for t, p, v, c, d in layouts.LAYOUTS}
+    assert list(figures) == [layout for layout, count in processes.items() if count <= 2]
+    assert figures[str(layouts.LAYOUTS[0])]["speedup_over_one_process"] == 1
+    for found in figures.values():
+        assert found["tokens_per_second"] > 0 and 0 <= found["communication"] < 1
 
 
 def test_the_peer_computes_the_same_loss():

@@ -12,13 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.plain_tidar import PlainTidar
 from tidar_mega import device
-from tidar_mega.config import from_tree
+from tidar_mega.config import from_tree, to_tree
 from tidar_mega.decode.engine import Engine
 from tidar_mega.decode.forward import Plan, Work
 from tidar_mega.decode.outcomes import Drafting
 from tidar_mega.decode.sampling import Sampling, SamplingParams, choose
 from tidar_mega.evaluation.acceptance import distinct_share
+from tidar_mega.evaluation.likelihood import held_out_loss
 from tidar_mega.losses import cross_entropy
 from tidar_mega.methods.tidar import Tidar
 from tidar_mega.model.attention import TrainingAttention
@@ -277,3 +279,32 @@ def concatenate_masks(token_T, block: int, mask_id: int) -> Rows:
     mask, horizon = torch.full_like(order, mask_id), torch.full_like(order, len(token_T))
     masks = Rows(mask, order, order, horizon, zero + 1, zero, zero, zero.float())
     return concatenate([clean_rows(token_T[None]), masks], dim=1)
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Seven held-out pieces of text, as a stream has them."""
+
+    token_BS: torch.Tensor
+    samples_per_epoch: int = 7
+
+    def rows(self, index: int) -> Rows:
+        return clean_rows(self.token_BS[index : index + 1])
+
+
+def test_the_held_out_loss_is_that_of_the_plain_model(trained, text):
+    """Over sequences spread evenly, against float64, with ids of several bytes and of none."""
+    pieces = Pieces(text[-7 * 96 :].view(7, 96))
+    token_bytes = torch.arange(Bytes.vocab_size) % 4
+    engine = Engine(InferenceModel(trained), Bytes(), block=4, capacity=128)
+    found = held_out_loss(engine, pieces, token_bytes, sequences=3)
+
+    weights = {name: weight.detach().double() for name, weight in trained.named_parameters()}
+    plain = PlainTidar(weights, to_tree(tiny_config())["model"])
+    chosen = pieces.token_BS[[0, 2, 4]]
+    behind = torch.ones(1, dtype=torch.int64)  # of another document: the last token predicts nothing
+    sequences = [(torch.cat([token_S, behind]), torch.cat([torch.zeros_like(token_S), behind])) for token_S in chosen]
+    nats, _ = plain.losses(sequences, 4, Bytes.mask)
+    assert found["validation_nats_per_token"] == pytest.approx(float(nats.mean()), rel=1e-5)
+    length = int(token_bytes[chosen[:, 1:]].sum())
+    assert found["validation_nats_per_byte"] == pytest.approx(float(nats.sum()) / length, rel=1e-5)

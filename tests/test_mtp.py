@@ -220,7 +220,7 @@ def test_every_layout_equals_one_process(layout, tied, alone, in_layouts):
 
 # decoding
 
-STEPS, COUNT = 300, 24
+STEPS = 300
 SETTINGS = {
     "greedy": SamplingParams(max_tokens=24),
     "t0.7": SamplingParams(max_tokens=24, temperature=0.7, seed=1),
@@ -258,18 +258,18 @@ def engine(model, block: int = 1 + DEPTHS, **more) -> Engine:
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_self_speculation_is_ar_decoding(trained, untrained, prompts, setting):  # noqa: F811
     """Drafts of every length, batches of one and of many, prompts in pieces."""
-    params = [SETTINGS[setting].for_request(i) for i in range(COUNT)]
-    for model in (trained, untrained):
-        expected = [g.tokens for g in engine(model).generate(prompts[:COUNT], params, "ar")]
+    for model, count in ((trained, 200), (untrained, 24)):
+        params = [SETTINGS[setting].for_request(i) for i in range(count)]
+        expected = [g.tokens for g in engine(model).generate(prompts[:count], params, "ar")]
         for block in range(1, 2 + DEPTHS):
-            found = engine(model, block, batch=7, prefill_chunk=5).generate(prompts[:COUNT], params)
+            found = engine(model, block, batch=7, prefill_chunk=5).generate(prompts[:count], params)
             assert [g.tokens for g in found] == expected, block
         accepted = [r for g in found for r in g.accepted]
         (one,) = engine(model, batch=1).generate([prompts[3]], [params[3]])
         assert one.tokens == expected[3]
         if model is trained:
             assert min(accepted) == 1 and max(accepted) == 1 + DEPTHS, "both outcomes of a test must occur"
-            share = sum(g.tokens_per_forward for g in found) / COUNT
+            share = sum(g.tokens_per_forward for g in found) / count
             print(f"\n{setting}: tokens per forward {share:.2f}")
             assert share > 1.3
 

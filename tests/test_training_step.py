@@ -12,6 +12,7 @@ from tidar_mega import config as config_module
 from tidar_mega.rows import PADDING, Rows, concatenate
 
 VOCAB, MASK, LENGTH, SEQUENCES = 61, 60, 32, 4
+TOKEN_BYTES = torch.arange(VOCAB) % 4.0
 SETTINGS = {
     "model": {
         "num_layers": 2,
@@ -74,7 +75,7 @@ def one_step(rank: int, config: config_module.Config) -> dict:
     (model,) = optim.wrap(config, gpt.build(config, VOCAB))
     weights = {n: p.detach().clone() for n, p in model.module.named_parameters()}
     optimizer = optim.build_optimizer(config, [model])
-    task = Task(config, mesh, method, [model], torch.ones(VOCAB))
+    task = Task(config, mesh, method, [model], TOKEN_BYTES)
     sums = accumulate_gradients(task, list(micro_batches(task, Text, 0, SEQUENCES)))
     gradients = {n: p.main_grad.clone() for n, p in model.module.named_parameters()}
     norm, applied = optim.update(optimizer, clip=0.0)
@@ -110,6 +111,9 @@ def test_a_step_equals_the_plain_model(backend, tie):
     assert got["figures"]["loss"] == pytest.approx(float(loss), rel=1e-6)
     assert got["figures"]["loss_ar"] == pytest.approx(float(ar), rel=1e-6)
     assert got["figures"]["loss_draft"] == pytest.approx(float(draft), rel=1e-6)
+    labels = torch.cat([token[1:][document[1:] == document[:-1]] for token, document in map(text, range(SEQUENCES))])
+    nats_per_byte = float(ar) * len(labels) / float(TOKEN_BYTES[labels].sum())
+    assert got["figures"]["nats_per_byte"] == pytest.approx(nats_per_byte, rel=1e-6)
     assert gradients.keys() == got["gradients"].keys()
     for name, expected in gradients.items():
         error = (got["gradients"][name] - expected).abs().max() / expected.abs().max()

@@ -24,6 +24,11 @@ import torch
 from tidar_mega.config import Config
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# of torch's functions, those that oneMKL computes on a CPU (aten/src/ATen/cpu/vml.h)
+VECTOR_FUNCTIONS = (
+    *("acos", "asin", "atan", "cos", "cosh", "erf", "erfc", "erfinv", "exp", "expm1"),
+    *("log", "log10", "log1p", "log2", "sin", "sinh", "sqrt", "tan", "tanh", "trunc"),
+)
 
 # Every module of the training path that reads `torch` at import; a missing one is of another megatron-core version.
 _MEGATRON_MODULES = (
@@ -86,6 +91,18 @@ def start_alone() -> None:
     if not torch.distributed.is_initialized():
         backend = "nccl" if has_cuda() else "gloo"
         torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+
+
+def settle_kernels() -> None:
+    """Calls the functions of oneMKL that torch uses on a CPU once, on this thread alone, before anything is computed.
+
+    oneMKL looks for the kernel of a function at its first call in a process. If several threads make that call at once,
+    one of them may compute its share with a kernel of low accuracy, that one time (pytorch/pytorch issue 188792): a
+    first forward with cosines that are wrong by 1.5e-4, which no other run repeats.
+    """
+    for dtype in (torch.float32, torch.float64):
+        for name in VECTOR_FUNCTIONS:
+            getattr(torch.full((1,), 0.5, dtype=dtype), name)()
 
 
 def peak_memory_bytes() -> int:

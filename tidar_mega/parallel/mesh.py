@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from tidar_mega.config import Config, ConfigError, ParallelConfig, UserError, check_batch
-from tidar_mega.device import prepare_megatron
+from tidar_mega.device import prepare_megatron, settle_kernels
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ class Mesh:
 def build_mesh(config: Config) -> Mesh:
     """Makes the groups inside the default process group. Raises ConfigError if the world does not fit the config."""
     prepare_megatron()
+    settle_kernels()
     parallel, world = config.parallel, dist.get_world_size()
     data = _data_size(config, world)
     check_batch(config, data)
