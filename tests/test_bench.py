@@ -42,7 +42,7 @@ def test_bench_train(tmp_path):
 
 
 def test_bench_layouts(tmp_path):
-    size = ("--seq-length=32", "--layers=4", "--hidden=128", "--vocab=128", "--batch=2", "--steps=1", "--rounds=1")
+    size = ("--seq-length=32", "--layers=4", "--hidden=256", "--vocab=128", "--batch=2", "--steps=1", "--rounds=1")
     figures = bench(tmp_path, "layouts", *size, "--processes=2")["layouts"]
     processes = {str((t, p, v, c, d)): t * p * c * d for t, p, v, c, d in layouts.LAYOUTS}
     assert list(figures) == [layout for layout, count in processes.items() if count <= 2]

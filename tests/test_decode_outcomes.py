@@ -54,6 +54,24 @@ def test_the_expected_speed_is_that_of_a_simulation(requests, outcomes):
     assert expected == pytest.approx(simulate(drafting, acceptance, latency, requests), rel=tolerance)
 
 
+@pytest.mark.parametrize("limit", [16, 64])
+@pytest.mark.parametrize("outcomes", ["all", "none"])
+def test_what_is_drafted_beyond_the_limit_is_in_vain(outcomes, limit):
+    """Where every forward takes a second, against the forwards of requests one by one, the prompt's among them."""
+    acceptance, drafting, latency = [0.9, 0.8, 0.8], Drafting.of(4, outcomes), curve(0.0, head=0.0)
+    second = latency.seconds(1, 1, 1, 1, False)
+    draw, forwards = random.Random(0), 0
+    for _ in range(4000):
+        given, has_draft, forwards = 1, True, forwards + 1
+        while given < limit:
+            r = 1
+            while has_draft and r < 4 and draw.random() < acceptance[r - 1]:
+                r += 1
+            given, forwards, has_draft = given + r, forwards + 1, not has_draft or r in drafting.outcomes
+    expected = speed(drafting, acceptance, latency, 1, False, limit) * second
+    assert expected == pytest.approx(4000 * limit / forwards, rel=0.02)
+
+
 def test_plain_ar_is_one_row_of_each_request():
     assert speed(Drafting(1), [], curve(0.1), 4, False) == pytest.approx(4 / (1 + 0.4 + 0.05 + 0.04))
     assert speed(Drafting(1), [], curve(0.1), 4, True) == pytest.approx(4 / (1 + 0.4 + 2 * (0.05 + 0.04)))
@@ -86,15 +104,15 @@ def automatic(block: int, curves: Latency | Curves, acceptance: float) -> Automa
 
 def test_the_choice_follows_the_curve():
     free, dear = curve(1e-6), curve(1.0, fixed=0.01)
-    assert automatic(8, free, 0.7).drafting(1, False, 64) == Drafting.of(8, "all"), "rows cost nothing"
-    assert automatic(8, dear, 0.7).drafting(1, False, 64) == Drafting(1), "every row costs a forward"
-    nearly_always = automatic(8, curve(0.05), 0.99).drafting(1, False, 64)
+    assert automatic(8, free, 0.7).drafting(1, False, 64, 4096) == Drafting.of(8, "all"), "rows cost nothing"
+    assert automatic(8, dear, 0.7).drafting(1, False, 64, 4096) == Drafting(1), "every row costs a forward"
+    nearly_always = automatic(8, curve(0.05), 0.99).drafting(1, False, 64, 4096)
     assert nearly_always.outcomes == (8,) and nearly_always.block == 8, "one outcome is nearly certain"
-    hopeless = automatic(8, curve(0.05), 0.02).drafting(1, False, 64)
+    hopeless = automatic(8, curve(0.05), 0.02).drafting(1, False, 64, 4096)
     assert hopeless == Drafting(1), "what is never kept is not worth its rows"
     # the same acceptance, more requests: a forward is no longer bound by its fixed cost, so less is drafted
     busy = automatic(8, curve(0.02), 0.7)
-    assert busy.drafting(16, False, 64).block < busy.drafting(1, False, 64).block
+    assert busy.drafting(16, False, 64, 4096).block < busy.drafting(1, False, 64, 4096).block
 
 
 def test_no_fixed_choice_is_better_than_the_automatic_one():
@@ -102,11 +120,12 @@ def test_no_fixed_choice_is_better_than_the_automatic_one():
         for acceptance in (0.3, 0.7, 0.95):
             chooser, latency = automatic(8, curve(per_row), acceptance), curve(per_row)
             for requests in (1, 4, 16):
-                choice = chooser.drafting(requests, False, 64)
-                chosen = speed(choice, chooser.acceptance, latency, requests, False)
+                choice = chooser.drafting(requests, False, 64, 4096)
+                chosen = speed(choice, chooser.acceptance, latency, requests, False, 4096)
                 for block in (1, 2, 4, 8):
                     for outcomes in ("all", "last", "none"):
-                        other = speed(Drafting.of(block, outcomes), chooser.acceptance, latency, requests, False)
+                        fixed = Drafting.of(block, outcomes)
+                        other = speed(fixed, chooser.acceptance, latency, requests, False, 4096)
                         assert chosen * (WORTH if choice.block == 1 else 1) >= other * (1 - 1e-9)
 
 
@@ -146,7 +165,8 @@ def test_a_curve_is_measured_and_kept(model, tmp_path):  # noqa: F811
     assert e.cache.pages.free == free
     assert [r for r, _ in found.step[2]] == [1, 2, 3, 4, 6, 8, 12, 16, 20]
     # drafts of 2 and 4 behind all outcomes, the last, and in a catch-up forward
-    assert [r for r, _ in found.fused[2]] == [3, 4, 5, 6, 8, 20]
+    assert [r for r, _ in found.fused[1]] == [3, 4, 5, 6, 8, 20]
+    assert [r for r, _ in found.fused[2]] == [2.5, 3.5, 4.5, 6, 6.5, 20], "one of the two catches up"
     measured = [*found.step.values(), *found.fused.values(), found.head, found.sampled]
     assert all(s > 0 for points in measured for _, s in points)
     name = latency_module.key(e.forwards)
@@ -172,8 +192,8 @@ def test_a_curve_between_two_lengths():
 def test_the_choice_follows_the_length():
     """Rows are dear behind few tokens and free behind many, where the forward itself takes long."""
     chooser = automatic(8, Curves({64: curve(1.0, fixed=0.01), 1024: curve(1e-6)}), 0.7)
-    assert chooser.drafting(1, False, 64) == Drafting(1)
-    assert chooser.drafting(1, False, 1024) == Drafting.of(8, "all")
+    assert chooser.drafting(1, False, 64, 4096) == Drafting(1)
+    assert chooser.drafting(1, False, 1024, 4096) == Drafting.of(8, "all")
 
 
 def test_impossible_outcomes_are_refused(model):  # noqa: F811

@@ -217,8 +217,9 @@ class Engine:
             return Drafting(1, drafter=self.drafter)
         if request.params.rule == "mixed":
             return Drafting.of(self.block, "all", self.drafter)
-        length = sum(r.length for r in self.running) // len(self.running)
-        return self.policy.drafting(len(self.running), not request.params.is_greedy, length)
+        count = len(self.running)
+        length, limit = sum(r.length for r in self.running) // count, sum(r.limit for r in self.running) // count
+        return self.policy.drafting(count, not request.params.is_greedy, length, limit)
 
     def _turns(self) -> list[tuple[Request, Work]]:
         """What each running request does next; joining ones share the prompt tokens of a forward in their order."""

@@ -25,10 +25,11 @@ from tidar_mega.decode.sampling import SamplingParams, choose
 from tidar_mega.methods import Drafter
 
 FILE = "latency.json"
-FORMAT = 3
+FORMAT = 4
 MOST = 1024  # rows of a measured forward; beyond, the last slope goes on
 BURST, BURST_SECONDS = 16, 0.1  # of one size in a row
-PREFIXES = (64, 1024)  # committed tokens of each request
+PREFIXES = (64, 1024)  # committed tokens of each request, and up to SPREAD more
+SPREAD = 64  # no two lengths alike, and few of them round: kernels are faster with those
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 40, 72, 136, 272)
 
 
@@ -38,7 +39,8 @@ class Latency:
     last slope).
 
     step    for each number of requests: (rows of each request, seconds of a forward but for its head)
-    fused   likewise of forwards that verify drafts and make the next, but for their two heads; as far as `longest`
+    fused   likewise of forwards that verify drafts and make the next, but for their two heads; as far as `longest`.
+            The rows are a mean where some requests verify and others catch up, as they do in decoding
     head    (rows, seconds) of logits and greedy choice; sampled  the same with noise
     """
 
@@ -105,39 +107,51 @@ def _interpolate(points: list[tuple[float, float]], x: float) -> float:
 def measure(
     forwards: Forwards, requests: list[int], block: int, drafter: Drafter, prefix: int, repeats: int = 5
 ) -> Latency:
-    """Forwards for each of some numbers of requests, behind `prefix` committed tokens each, with drafts of up to
-    `block` tokens.
+    """Forwards for each of some numbers of requests, behind `prefix` committed tokens each or some more, with drafts of
+    up to `block` tokens.
 
     The cache must hold them. Medians; the sizes are measured in turn, so that a slow moment does not bend the curve.
     """
     most = most_rows(block)
     plain = [Plan(r, r) for r in [*(r for r in ROWS if r < most), most]]  # verified drafts, as CUDA graphs hold them
-    drafting = [
-        Plan(clean, clean, outcomes, b, drafter=drafter)
-        for b in ([] if drafter.depths else draft_lengths(block))  # layers that draft have no outcomes to choose
-        for clean, outcomes in ((b, tuple(range(1, b + 1))), (b, (b,)), (1, (1,)))
-    ]
+    plans = [(p, p) for p in plain] + _drafting(block, drafter)
     heads = {(r, t): _head(forwards, r, t) for r in ROWS for t in (0.0, 1.0)}
     found = _medians(forwards.model, heads, repeats)
     head, sampled = ([(r, found[r, t]) for r in ROWS] for t in (0.0, 1.0))
-    held = [forwards.cache.take(prefix + most) for _ in range(max(requests))]
+    held = [forwards.cache.take(prefix + SPREAD + most) for _ in range(max(requests))]
     assert None not in held, "the cache is too small for the measurement"
     jobs = {
-        (n, plan): _forward(forwards, plan, held[:n], prefix)
+        (n, pair): _forward(forwards, pair, held[:n], prefix)
         for n in requests
-        for plan in (*plain, *drafting)
-        if plan.rows <= 16 or n * plan.rows <= MOST
+        for pair in plans
+        if max(plan.rows for plan in pair) <= 16 or n * max(plan.rows for plan in pair) <= MOST
     }
     found = _medians(forwards.model, jobs, repeats)
     for slots in held:
         forwards.cache.give_back(slots)
     step: dict[int, list[tuple[float, float]]] = {n: [] for n in requests}
     fused: dict[int, list[tuple[float, float]]] = {n: [] for n in requests}
-    for (n, plan), seconds in found.items():
-        heads_too = _interpolate(head, n * plan.choosing)
-        heads_too += _interpolate(head, n * (plan.slots - 1)) if plan.outcomes else 0.0
-        (fused if plan.outcomes else step)[n].append((plan.rows, max(seconds - heads_too, 0.0)))
+    for (n, pair), seconds in found.items():
+        each = [pair[i % 2] for i in range(n)]
+        drafted = sum(plan.slots - 1 for plan in each if plan.outcomes)
+        heads_too = _interpolate(head, sum(plan.choosing for plan in each))
+        heads_too += _interpolate(head, drafted) if drafted else 0.0
+        rows = sum(plan.rows for plan in each) / n
+        (fused if drafted else step)[n].append((rows, max(seconds - heads_too, 0.0)))
     return Latency(_curves(step), _curves(fused), head, sampled, block)
+
+
+def _drafting(block: int, drafter: Drafter) -> list[tuple[Plan, Plan]]:
+    """What the requests of a forward do, every first and every second one: all verify and draft behind every outcome;
+    some behind the last or behind none, while the others catch up. Layers that draft have no outcomes to choose."""
+    pairs = []
+    for b in [] if drafter.depths else draft_lengths(block):
+        behind_all, behind_last, behind_none = (
+            Plan(b, b, outcomes, b, drafter=drafter) for outcomes in (tuple(range(1, b + 1)), (b,), ())
+        )
+        catching_up = Plan(1, 1, (1,), b, drafter=drafter)
+        pairs += [(behind_all, behind_all), (behind_last, catching_up), (catching_up, behind_none)]
+    return pairs
 
 
 def most_rows(block: int) -> int:
@@ -145,8 +159,11 @@ def most_rows(block: int) -> int:
     return min(block * (block + 1), ROWS[-1])
 
 
-def _forward(forwards: Forwards, plan: Plan, held: Sequence[Slots], prefix: int):
-    works = [Work(plan, [0] * plan.clean, slots, prefix, SamplingParams()) for slots in held]
+def _forward(forwards: Forwards, pair: tuple[Plan, Plan], held: Sequence[Slots], prefix: int):
+    works = []
+    for i, slots in enumerate(held):
+        plan, length = pair[i % 2], prefix + 37 * (i + 1) % SPREAD
+        works.append(Work(plan, [0] * plan.clean, slots, length, SamplingParams()))
     return lambda: forwards.run(works)
 
 

@@ -66,7 +66,7 @@ class Loaded:
         to; the path, or None. Collective."""
         e, d = self.engine, self.config.decode
         sizes = sorted({n for n in (1, 2, 4, 8, 16, 32, 64) if n < d.batch} | {d.batch})
-        longest = max(prefixes) + latency.most_rows(block)
+        longest = max(prefixes) + latency.SPREAD + latency.most_rows(block)
         room = d.batch * (longest + e.cache.page)
         bare = Engine(e.model, self.tokenizer, block, longest, d.batch, cache_tokens=room, cuda_graphs=d.cuda_graphs)
         found = {

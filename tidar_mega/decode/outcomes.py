@@ -77,15 +77,16 @@ class Fixed:
     def __init__(self, drafting: Drafting) -> None:
         self.most = drafting
 
-    def drafting(self, requests: int, sampled: bool, length: int) -> Drafting:
+    def drafting(self, requests: int, sampled: bool, length: int, limit: int) -> Drafting:
         return self.most
 
     def observe(self, draft: int, accepted: int) -> None: ...
 
 
 class Automatic:
-    """Chooses B and G for the number of requests that run and their mean length: the most expected tokens per second,
-    from the machine's latency curves and the running acceptance of each slot. B goes up to `block`, and down to 1, AR.
+    """Chooses B and G for the number of requests that run, and the means of their lengths and of the tokens that they
+    may give: the most expected tokens per second, from the machine's latency curves and the running acceptance of each
+    slot. B goes up to `block`, and down to 1, AR.
 
     A function of what it was told alone, so that all ranks choose alike.
     """
@@ -94,7 +95,7 @@ class Automatic:
         self.most, self.curves = Drafting.of(block, "all", drafter), curves
         self.tested, self.passed = [0.0] * (block + 1), [0.0] * (block + 1)  # by slot, from 1
         self.seen = 0
-        self.chosen: dict[tuple[int, bool, int, bool], tuple[int, Drafting]] = {}
+        self.chosen: dict[tuple[int, bool, int, int, bool], tuple[int, Drafting]] = {}
 
     def observe(self, draft: int, accepted: int) -> None:
         """Of a draft of `draft` tokens, `accepted` (1..draft) were kept: that many slots but one passed their test."""
@@ -105,17 +106,17 @@ class Automatic:
             self.tested[slot] = MEMORY * self.tested[slot] + 1
             self.passed[slot] = MEMORY * self.passed[slot] + (slot < accepted)
 
-    def drafting(self, requests: int, sampled: bool, length: int) -> Drafting:
-        key = (requests, sampled, length.bit_length(), self.seen < TRIAL)
+    def drafting(self, requests: int, sampled: bool, length: int, limit: int) -> Drafting:
+        key = (requests, sampled, length.bit_length(), limit.bit_length(), self.seen < TRIAL)
         when, drafting = self.chosen.get(key, (0, None))
         if drafting is None or self.seen >= when + RECHOOSE * requests:
             block = self.most.block
             lengths = [block] if self.seen < TRIAL else [1, *draft_lengths(block)]
-            drafting = self._best(requests, sampled, self.curves.at(length), lengths)
+            drafting = self._best(requests, sampled, self.curves.at(length), limit, lengths)
             self.chosen[key] = self.seen, drafting
         return drafting
 
-    def _best(self, requests: int, sampled: bool, latency: Latency, sizes: list[int]) -> Drafting:
+    def _best(self, requests: int, sampled: bool, latency: Latency, limit: int, sizes: list[int]) -> Drafting:
         choices = []
         for size in sizes:
             outcome = outcome_probabilities(self.acceptance[: size - 1])
@@ -125,7 +126,7 @@ class Automatic:
 
         def promise(drafting: Drafting) -> float:
             worth = WORTH if drafting.block == 1 else 1.0
-            return worth * speed(drafting, self.acceptance, latency, requests, sampled)
+            return worth * speed(drafting, self.acceptance, latency, requests, sampled, limit)
 
         return max(choices, key=promise)
 
@@ -146,11 +147,19 @@ def outcome_probabilities(acceptance: Sequence[float]) -> list[float]:
     return [*found, reached]
 
 
-def speed(drafting: Drafting, acceptance: Sequence[float], latency: Latency, requests: int, sampled: bool) -> float:
-    """Expected tokens per second of `requests` requests together.
+def speed(
+    drafting: Drafting,
+    acceptance: Sequence[float],
+    latency: Latency,
+    requests: int,
+    sampled: bool,
+    limit: float = math.inf,
+) -> float:
+    """Expected tokens per second of `requests` requests together, of which each is to give `limit` tokens.
 
     A request verifies a draft, and where the outcome has no group it then makes one catch-up forward; in the long run a
-    share of the requests is catching up in each forward, independently of one another.
+    share of the requests is catching up in each forward, independently of one another. Its prompt gives one token, and
+    what its last forward confirms beyond the limit is in vain: by renewal theory E[r^2] / 2 E[r] - 1/2 tokens.
     """
     n, B = requests, drafting.block
     if B == 1:
@@ -158,7 +167,11 @@ def speed(drafting: Drafting, acceptance: Sequence[float], latency: Latency, req
     outcome = outcome_probabilities(acceptance[: B - 1])
     drafted = sum(outcome[o - 1] for o in drafting.outcomes)
     catching = (1 - drafted) / (2 - drafted)
-    tokens = (1 - catching) * sum(r * p for r, p in enumerate(outcome, start=1)) + catching
+    tokens, squares = (
+        (1 - catching) * sum(r**power * p for r, p in enumerate(outcome, start=1)) + catching for power in (1, 2)
+    )
+    if limit < math.inf:
+        tokens = limit / (1 + (limit - 1 + (squares / tokens - 1) / 2) / tokens)
     seconds = 0.0
     for c in range(n + 1):  # requests that catch up
         share = _binomial(n, c, catching)
