@@ -9,7 +9,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import MegatronOptimizer, distrib_optimizer
+from megatron.core.optimizer import optimizer as megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor
@@ -20,6 +21,8 @@ from tidar_mega.model import lora
 from tidar_mega.model.gpt import HybridGPT
 
 RANDOM = "random"  # the key of the random states on disk
+# by which a saved group of parameters is found again
+_KINDS_OF_GROUPS = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
 
 
 def sharding() -> dict:
@@ -115,6 +118,8 @@ def restore(state: TrainState, loaded: dict) -> None:
     """Puts what `store.load` made of `template` into the live objects."""
     for name, model in _chunks(state).items():
         fill(model, loaded[name])
+    # megatron-core 0.19 also goes by their learning rates, which a resume may change (`optim.apply_settings`)
+    megatron_optimizer.param_group_identifier_keys = distrib_optimizer.param_group_identifier_keys = _KINDS_OF_GROUPS
     torch_adam.load_state(state.optimizer, loaded["optimizer"])
     state.scheduler.num_steps = 0  # its load_state_dict adds the saved steps to those already taken
     state.scheduler.load_state_dict(loaded["scheduler"])
