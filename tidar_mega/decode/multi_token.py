@@ -92,15 +92,16 @@ class Speculator:
                 drafting.append((group, mine))
             first += len(batch) * plan.rows
         states = States(hidden_TD, [(line.old, line.first) for line in lines])
+        kept_NSD = self.kept[[line.page for line in lines]]  # of the step before: this one's states replace them
         for depth in range(1, 1 + max((batch[0].plan.slots - 1 for batch in batches), default=0)):
-            states = self._run(depth, states, lines)
+            states = self._run(depth, states, kept_NSD, lines)
             self._choose(depth, states, lines, [(group, mine) for group, mine in drafting if mine])
         return [
             _with_drafts(decision, mine, group.plan.slots - 1) if mine else decision
             for decision, (group, mine) in zip(decisions, drafting, strict=True)
         ]
 
-    def _run(self, depth: int, before: States, lines: list[Line]) -> States:
+    def _run(self, depth: int, before: States, kept_NSD: Tensor, lines: list[Line]) -> States:
         """The states that a depth makes of those of the depth before, for the rows of all lines."""
         sources, tokens, places, parts, begins = [], [], [], [], []
         for n, (line, (start, at)) in enumerate(zip(lines, before.begins, strict=True)):
@@ -115,8 +116,7 @@ class Speculator:
                 parts.append(Part(part, len(rows), line.slots, rows.start, self.bias(len(rows))))
         if not places:  # pieces of prompts that are shorter than the depth
             return States(before.state_RD[:0], begins)
-        pages = [line.page for line in lines]
-        known_RD = torch.cat([before.state_RD, self.kept[pages, depth - 2]]) if depth > 1 else before.state_RD
+        known_RD = torch.cat([before.state_RD, kept_NSD[:, depth - 2]]) if depth > 1 else before.state_RD
         source_R, token_R, place_R = torch.tensor([sources, tokens, places], device=self.model.device)
         context: AttentionContext = self.attention.of(self.cache, parts)
         found = States(self.model.depth(depth, known_RD[source_R], token_R, place_R, context), begins)
