@@ -126,9 +126,9 @@ def test_a_slurmd_killed(work, unharmed):
     orphan = harmed.rank(1)
     orphan.send_signal(signal.SIGRTMIN + 2)  # the run must go on for longer than SlurmdTimeout
     killed(psutil.Process(int((folder / "pid" / "slurmd.2").read_text())))
+    before = max(metrics(work, "node_lost"))
     soon(lambda: restarted(harmed.job) == 1, 240)
     soon(lambda: not orphan.is_running() or orphan.status() == psutil.STATUS_ZOMBIE, 60)
-    before = max(metrics(work, "node_lost"))
     subprocess.run([cluster, "node", "2"], check=True)
     said = harmed.end(8)
     assert harmed.resumed_at(said) >= before - 1 - INTERVAL and restarted(harmed.job) == 1
