@@ -20,7 +20,7 @@ assert torch.equal(x.cos(), x.cos())
 
 @pytest.mark.slow
 def test_the_first_call_by_several_threads_computes_what_the_second_does():
-    """Fresh processes, as each has one first call only; without `settle_kernels` one in five fails on some machines."""
+    """Fresh processes, as each has one first call only; without `settle_kernels` a third fail on some machines."""
     for _ in range(10):
         done = subprocess.run([sys.executable, "-c", TWICE], capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr

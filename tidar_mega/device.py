@@ -25,7 +25,7 @@ from tidar_mega.config import Config
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # of torch's functions, those that oneMKL computes on a CPU (aten/src/ATen/cpu/vml.h)
-VECTOR_FUNCTIONS = (
+_VECTOR_FUNCTIONS = (
     *("acos", "asin", "atan", "cos", "cosh", "erf", "erfc", "erfinv", "exp", "expm1"),
     *("log", "log10", "log1p", "log2", "sin", "sinh", "sqrt", "tan", "tanh", "trunc"),
 )
@@ -101,7 +101,7 @@ def settle_kernels() -> None:
     first forward with cosines that are wrong by 1.5e-4, which no other run repeats.
     """
     for dtype in (torch.float32, torch.float64):
-        for name in VECTOR_FUNCTIONS:
+        for name in _VECTOR_FUNCTIONS:
             getattr(torch.full((1,), 0.5, dtype=dtype), name)()
 
 
