@@ -271,17 +271,23 @@ def test_the_first_host_is_the_one_that_slurm_names(nodes):
     assert slurm.first_host(nodes) == named.stdout.split()[0]
 
 
-def test_submit_from_python_gives_the_same_run_also_through_a_signal(work, uninterrupted, monkeypatch):
+STOPS = {"signal": ["scancel", "--signal=USR2"], "requeue": ["scontrol", "requeue"]}
+
+
+@pytest.mark.parametrize("by", STOPS)
+def test_submit_from_python_gives_the_same_run_also_through_a_stop(by, work, uninterrupted, monkeypatch):
     monkeypatch.chdir(work)
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    settings = ["run_dir=submitted"]
-    job = launch.submit("run.yaml", settings, nodes=2, tasks=2, time="20", signal_seconds=60)
+    run_dir = f"submitted_{by}"
+    job = launch.submit("run.yaml", [f"run_dir={run_dir}"], nodes=2, tasks=2, time="20", signal_seconds=60)
     job.watcher._delay_s = 2
-    reached(work, "submitted", 7)
-    subprocess.run(["scancel", "--signal=USR2", job.job_id], check=True)
-    assert job.results() == 4 * [{"finished": True, "step": 30, "run_dir": "submitted"}]
+    reached(work, run_dir, 7)
+    subprocess.run([*STOPS[by], job.job_id], check=True)
+    assert job.results() == 4 * [{"finished": True, "step": 30, "run_dir": run_dir}]
     assert restarted(job.job_id) == 1
-    assert losses(work, "submitted") == uninterrupted
+    assert losses(work, run_dir) == uninterrupted
+    said = [log.read_text() for log in (work / run_dir / "submitit").rglob("*_log.err")]
+    assert len(said) == 4 and "Traceback" not in "".join(said)  # the start that was stopped has left no result
 
 
 def test_a_sweep_of_three(work, monkeypatch):

@@ -115,8 +115,9 @@ class Pretrain:
             raise UserError(restarts.first_failure(_logs(settings)))
         if job and code not in (0, restarts.GAVE_UP) and _first_to_requeue(settings):
             code = restarts.after_crash(settings, code)
+        given_up = code == restarts.GAVE_UP and not restarts.ending()
         deadline = time.monotonic() + (_END_SECONDS if job else 0)
-        while restarts.finished(settings) is None and code != restarts.GAVE_UP and time.monotonic() < deadline:
+        while restarts.finished(settings) is None and not given_up and time.monotonic() < deadline:
             time.sleep(0.5)  # a task that returned before a requeue has ended it would leave a result
         if code:
             raise UserError(f"ended with code {code}; {restarts.first_failure(_logs(settings))}")

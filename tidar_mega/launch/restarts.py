@@ -74,6 +74,15 @@ def after_crash(config: Config, code: int) -> int:
     return _requeue(config) or code
 
 
+def ending() -> bool:
+    """Whether Slurm ends this job by itself: requeued or preempted by somebody else, cancelled, at its time limit."""
+    job = slurm.own_job()
+    try:
+        return job is not None and slurm.show(job).get("JobState") != "RUNNING"
+    except UserError:  # nobody to ask
+        return False
+
+
 def first_failure(logs: Path) -> str:
     """Which of the logs of all ranks says what went wrong first."""
     paths = sorted(logs.glob("rank_*.log"), key=lambda path: int(re.sub(r"\D", "", path.stem) or 0))
