@@ -14,6 +14,7 @@
 #SBATCH --ntasks=1
 #SBATCH --gpus-per-node=1
 #SBATCH --time=4:00:00
+#SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
 
 set -uo pipefail
@@ -24,12 +25,13 @@ if [[ -f $environment ]]; then
     source "$environment"
 fi
 python=${TIDAR_PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)}
-unset RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT
+unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
+export SLURM_EXPORT_ENV=ALL # to srun's task, also after sbatch --export=NONE
 
 container=()
 if [[ -n ${CONTAINER_IMAGE:-} ]]; then
     container=(--container-image="$CONTAINER_IMAGE" --container-mounts="${CONTAINER_MOUNTS:-$PWD}" --container-workdir="$PWD")
 fi
 
-srun --ntasks=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} "${container[@]}" --kill-on-bad-exit=1 \
+srun --ntasks=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} ${container[@]+"${container[@]}"} --kill-on-bad-exit=1 \
     "$python" -P -u -m tidar_mega.cli "$@"

@@ -39,7 +39,8 @@ if [[ -n ${TIDAR_CODE:-} ]]; then # the copy of the code that `tidar launch` has
     export PYTHONPATH=$TIDAR_CODE${PYTHONPATH:+:$PYTHONPATH}
 fi
 python=${TIDAR_PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)}
-unset RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT # of the shell that called sbatch; srun's tasks have their own
+unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT # of the shell that called sbatch; srun's tasks have their own
+export SLURM_EXPORT_ENV=ALL # to srun's tasks, also after sbatch --export=NONE
 
 # A container through pyxis, if one is named; it needs Slurm's commands inside, for the requeue.
 container=()
@@ -50,14 +51,25 @@ first_node=()
 if ((${#container[@]})); then
     first_node=(srun --overlap --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" "${container[@]}")
 fi
+launch() { # an empty array is no variable to bash before 4.4
+    ${first_node[@]+"${first_node[@]}"} "$python" -P -m tidar_mega.launch "$@"
+}
 
-# Bad settings end here, before any rank has started.
-logs=$("${first_node[@]}" "$python" -P -m tidar_mega.launch logs "$@") || exit
-echo "$(date '+%F %T') job $SLURM_JOB_ID start ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST, logs in $logs"
+# Bad settings end here, before any rank has started; what else fails, such as a file system, may come back.
+logs=$(launch logs "$@")
+code=$?
+if ((code == 2)); then
+    exit 2
+fi
+if ((code == 0)); then
+    echo "$(date '+%F %T') job $SLURM_JOB_ID start ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST, logs in $logs"
 
-# srun inherits the number of tasks, but not their CPUs
-srun ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} "${container[@]}" --kill-on-bad-exit=1 --wait=60 --open-mode=append --output="$logs/rank_%t.log" \
-    "$python" -P -u -m tidar_mega.cli pretrain "$@"
+    # srun inherits the number of tasks, but not their CPUs
+    srun ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} ${container[@]+"${container[@]}"} --kill-on-bad-exit=1 --wait=60 --open-mode=append --output="$logs/rank_%t.log" \
+        "$python" -P -u -m tidar_mega.cli pretrain "$@"
+    code=$?
+fi
 
 # Says which rank failed first; requeues after a crash, never after a bad setting.
-"${first_node[@]}" "$python" -P -m tidar_mega.launch after $? "$@"
+trap '' TERM # a requeue ends this shell at once, and with it whoever has yet to tell Slurm which nodes to leave out
+launch after $code "$@"

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def run(function, processes: int, *args, timeout_seconds: float = 300) -> list:
+def run(function, processes: int, *args, timeout_seconds: float = 1200) -> list:
     """Calls `function(rank, *args)` in every rank of a gloo world and returns what the ranks returned, in order.
 
     `function` must be importable (module level). The first failing rank's traceback is raised.

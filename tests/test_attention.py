@@ -27,9 +27,9 @@ TYPICAL = (
 )
 TILES = (  # algorithm, type, and the error that it may have
     ("flash", torch.float64, 1e-12),
-    ("flash", torch.float32, 3e-6),
-    ("flash", torch.bfloat16, 2e-2),  # rows of three keys round as coarsely
-    ("products", torch.bfloat16, 2e-2),
+    ("flash", torch.float32, 5e-6),
+    ("flash", torch.bfloat16, 3e-2),  # rows of three keys round as coarsely
+    ("products", torch.bfloat16, 3e-2),
 )
 BY_TILES = pytest.mark.parametrize(("algorithm", "dtype", "tolerance"), TILES)
 BY_NAME = pytest.mark.parametrize("case", TYPICAL, ids=lambda c: f"{'+'.join(map(str, c.documents))}-B{c.block}")

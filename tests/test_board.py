@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import signal
-import socket
 import subprocess
 import time
 import urllib.request
@@ -18,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.browser import CHROMIUM, Browser
 from tests.test_main_job import CONFIG, command, environment, interrupt, make_corpus, metrics, tidar
 from tidar_mega import config
+from tidar_mega.launch.local import _free_port
 from tidar_mega.methods import load
 from tidar_mega.rows import Rows
 from tidar_mega.train.board import Board, mask_picture
@@ -122,9 +122,7 @@ def test_a_folder_without_events_is_refused(tmp_path):
 @pytest.fixture
 def address(work):
     """`tidar board`, running."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = _free_port()
     log = (work / "board.log").open("w")
     served = subprocess.Popen(
         command("board", "run", f"--port={port}"), cwd=work, env=environment(), stdout=log, stderr=log

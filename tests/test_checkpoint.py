@@ -5,11 +5,15 @@ The starts of processes are most of the time of these tests, so those of one wor
 
 from __future__ import annotations
 
+import errno
 import json
+import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,12 +22,16 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from tests import processes
 from tests.test_training_step import MASK, SEQUENCES, VOCAB, Text, settings
 from tidar_mega import config as config_module
 from tidar_mega.checkpoint import store, writing
 from tidar_mega.checkpoint.store import CheckpointError, CheckpointStore
+from tidar_mega.config import LostError
+from tidar_mega.train import metrics
 
 pytestmark = pytest.mark.distributed
 
@@ -280,6 +288,17 @@ def save_often_beside_the_training(rank: int, folder: Path):
     return [*seen, [int(p.name[-1]) for p in trainer.checkpoints.published()]]
 
 
+DAMAGED = {"damaged shard": "*.distcp", "damaged index": ".metadata"}
+
+
+def damaged(path: Path, folder: Path, what: str) -> Path:
+    """A copy of a checkpoint in which files have their sizes and nothing else."""
+    path = Path(shutil.copytree(path, folder / what / path.name))
+    for victim in path.glob(DAMAGED[what]):
+        victim.write_bytes(bytes(victim.stat().st_size))
+    return path
+
+
 @pytest.fixture(scope="module")
 def alone(saved, tmp_path_factory) -> dict[str, list]:
     """What one process does besides: all in one world."""
@@ -296,6 +315,7 @@ def alone(saved, tmp_path_factory) -> dict[str, list]:
         "more tensors": (refuse, path, {**model, "add_qkv_bias": True}),
         "fewer tensors": (refuse, path, {**model, "qk_layernorm": False}),
         "another shape": (refuse, path, {**model, "ffn_hidden_size": 128}),
+        **{name: (refuse, damaged(path, often, name), model) for name in DAMAGED},
         "weights": (weights_alone, path),
         "often": (save_often, often),
         "beside": (save_often_beside_the_training, beside),
@@ -323,6 +343,12 @@ def test_missing_and_unexpected_tensors_are_named_and_counted(alone):
 def test_another_shape_is_one_clear_error(alone):
     (said,) = alone["another shape"]
     assert "shape mismatch" in said.lower() and "linear_fc" in said
+
+
+@pytest.mark.parametrize("what", DAMAGED)
+def test_what_a_damaged_file_holds_is_called_so(what, alone):
+    (said,) = alone[what]
+    assert "cannot be loaded" in said and "delete it to go on from the checkpoint before it" in said
 
 
 def test_weights_load_without_the_optimizer(alone):
@@ -439,10 +465,24 @@ def kill_a_writer(rank: int, folder: Path):
         os.kill(trainer.writer.pid, signal.SIGKILL)
     dist.barrier()
     release.touch()
-    with pytest.raises(CheckpointError) as error:
+    with pytest.raises(LostError) as error:
         trainer.checkpoints.finish(trainer.mesh, wait=True)
     store.read_meta(first)
     return str(error.value), [p.name for p in (folder / "checkpoints").iterdir()]
+
+
+def watch_a_write(rank: int, folder: Path):
+    """How often this rank has looked at the files, and how often it was told that they had grown."""
+    looks, told = [], []
+    growth = store._Growth(Trainer(layout(data=2), folder).mesh, folder, lambda: told.append(rank))
+    measure = growth._measure
+    growth._measure = lambda: looks.append(rank) or measure()
+    for size in (1, 2, 2, 3):
+        if rank == 0:
+            (folder / "__1_0.distcp").write_bytes(bytes(size))
+        for _ in range(store._LOOK_EVERY):
+            growth.look()
+    return len(looks), len(told)
 
 
 DURING = ("fp32, data 2", "bf16, data 2", "bf16, data 2, plain optimizer", "bf16, tensor 2", "fp32, four chunks")
@@ -450,8 +490,9 @@ DURING = ("fp32, data 2", "bf16, data 2", "bf16, data 2, plain optimizer", "bf16
 
 @pytest.fixture(scope="module")
 def during(tmp_path_factory) -> dict[str, list]:
-    where = {name: make_folder(tmp_path_factory.mktemp("during")) for name in [*DURING, "killed"]}
+    where = {name: make_folder(tmp_path_factory.mktemp("during")) for name in [*DURING, "killed", "watched"]}
     jobs = {name: (train_during_a_write, TWO_RANKS[name], where[name]) for name in DURING}
+    jobs["watched"] = (watch_a_write, where["watched"])
     return run_in_turn(2, {**jobs, "killed": (kill_a_writer, where["killed"])})
 
 
@@ -470,8 +511,12 @@ def test_training_goes_on_during_a_write_which_holds_the_step_at_which_it_began(
 
 def test_a_killed_writer_is_an_error_on_every_rank_and_costs_nothing(during):
     for said, left in during["killed"]:
-        assert "ended by SIGKILL" in said and "earlier checkpoints are whole" in said
+        assert "ended by SIGKILL" in said and "earlier checkpoints are whole" in said and "is requeued" in said
         assert left == ["step_00000001"]
+
+
+def test_one_rank_looks_whether_a_checkpoint_grows_and_all_are_told(during):
+    assert during["watched"] == [(4, 3), (0, 3)]
 
 
 # A full disk
@@ -529,3 +574,163 @@ def test_a_full_disk_is_one_clear_error_on_every_rank_and_costs_nothing(how, ful
         assert "No space left on device" in said and "earlier checkpoints are whole" in said
         assert intact
     assert left == []
+
+
+# Faults of storage
+
+
+LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+PASSING = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENOENT)
+
+
+def fault(code: int) -> OSError:
+    return OSError(code, os.strerror(code), "a file")
+
+
+def fails(error: BaseException):
+    def action(*args, **kwargs):
+        raise error
+
+    return action
+
+
+def of_another_rank(error: BaseException) -> CheckpointException:
+    """How megatron hands on what a writing process of rank 1 has met: only its text is left."""
+    return CheckpointException("write", {1: (RuntimeError(f"Worker failure: {error}"), None)})
+
+
+def say(action) -> CheckpointError | LostError:
+    with pytest.raises((CheckpointError, LostError)) as error:
+        action()
+    assert isinstance(error.value, LostError) == ("is requeued" in str(error.value))
+    return error.value
+
+
+@pytest.mark.parametrize("code", [*LASTING, *PASSING], ids=errno.errorcode.get)
+def test_only_a_fault_that_may_pass_lets_the_run_start_again(code, tmp_path, monkeypatch):
+    expected = CheckpointError if code in LASTING else LostError
+    draft = tmp_path / ".step_00000001.unfinished"
+    assert type(say(store._on_disk(draft, fails(fault(code))))) is expected
+    assert type(say(lambda: store._give_up(draft, of_another_rank(fault(code))))) is expected
+    monkeypatch.setattr(store, "_match", lambda path, parts: None)
+    for error in (fault(code), CheckpointException("read", {0: (fault(code), None)})):
+        monkeypatch.setattr(store.dist_checkpointing, "load", fails(error))
+        said = say(lambda: store.load(tmp_path, {}))
+        assert type(said) is expected and "damaged" not in str(said)
+    with pytest.raises(config_module.UserError, match=os.strerror(code)) as error, metrics._writing(tmp_path):
+        raise fault(code)
+    assert isinstance(error.value, LostError) == (code in PASSING)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES], ids=errno.errorcode.get)
+def test_a_checkpoint_that_the_storage_does_not_give_is_not_called_damaged(code, copy, monkeypatch):
+    monkeypatch.setattr(Path, "read_text", fails(fault(code)))
+    said = say(lambda: store.read_meta(copy))
+    assert isinstance(said, LostError) == (code == errno.EIO) and "damaged" not in str(said)
+
+
+OTHERS = {
+    "out of a GPU's memory": torch.OutOfMemoryError("CUDA out of memory"),
+    "out of memory": MemoryError(),
+    "CUDA": RuntimeError("CUDA error: an illegal memory access was encountered"),
+    "NCCL": RuntimeError("NCCL error: unhandled system error"),
+    "a mistake of ours": AttributeError("no attribute"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_no_matter_of_the_files_passes_a_load_unchanged(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "_match", lambda path, parts: None)
+    for error in (OTHERS[name], CheckpointException("read", {0: (KeyError("x"), None), 1: (OTHERS[name], None)})):
+        monkeypatch.setattr(store.dist_checkpointing, "load", fails(error))
+        with pytest.raises(type(error)) as raised:
+            store.load(tmp_path, {})
+        assert raised.value is error
+    for error in (CheckpointingException("x"), pickle.UnpicklingError("x"), RuntimeError("PytorchStreamReader failed")):
+        monkeypatch.setattr(store.dist_checkpointing, "load", fails(error))
+        with pytest.raises(CheckpointError, match="the folder is damaged"):
+            store.load(tmp_path, {})
+
+
+def test_a_writer_that_is_killed_before_or_in_its_answer_is_lost(tmp_path):
+    results = writing._Results()
+    results.put({0: ["x" * 100]})
+    os.truncate(results.file.fileno(), 50)
+    for said in (results.get_nowait(), results.get_nowait()):  # a part, nothing
+        assert isinstance(said, ChildProcessError)
+        assert isinstance(say(lambda said=said: store._give_up(tmp_path / "draft", of_another_rank(said))), LostError)
+
+
+def draft_of(folder: Path, step: int) -> store._Draft:
+    """A checkpoint in `folder`/checkpoints as it is when all ranks have written."""
+    final = folder / "checkpoints" / f"step_{step:08d}"
+    draft = store._Draft(final.with_name(f".{final.name}.unfinished"), final, {}, folder / "tokenizer")
+    store._fresh_folder(draft.folder.parent, draft.folder, 0)
+    (draft.folder / "__0_0.distcp").write_bytes(b"123")
+    return draft
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def save_as_nobody(folder: Path) -> None:
+    os.setuid(65534)
+    checkpoints = CheckpointStore(folder / "checkpoints", keep_last=1)
+    for step in (1, 2, 3):
+        checkpoints._publish(draft_of(folder, step))
+    assert names(folder)[-1] == "step_00000003" and len(names(folder)) == 2
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root")
+def test_a_read_only_corpus_and_a_leftover_that_cannot_be_deleted_end_no_run():
+    with tempfile.TemporaryDirectory() as name:  # those of pytest are root's alone
+        folder = make_folder(Path(name))
+        (folder / "tokenizer").chmod(0o555)
+        locked = folder / "checkpoints" / ".step_00000002.unfinished" / "tokenizer"
+        locked.mkdir(parents=True)
+        (locked / "tokenizer.json").touch()
+        for path in (folder, folder / "checkpoints", locked.parent):
+            os.chown(path, 65534, 65534)
+        process = multiprocessing.get_context("fork").Process(target=save_as_nobody, args=(folder,))
+        process.start()
+        process.join(60)
+        assert process.exitcode == 0
+
+
+def test_the_sizes_of_a_checkpoint_are_those_of_the_open_files(folder, monkeypatch):
+    draft, stat = draft_of(folder, 1), Path.stat
+
+    def old(path, **kwargs):
+        """As NFS may show what another node has written."""
+        found = stat(path, **kwargs)
+        return os.stat_result((*found[:6], 1, *found[7:10])) if path.suffix == ".distcp" else found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", old)
+        CheckpointStore(folder / "checkpoints", keep_last=1)._publish(draft)
+    files = json.loads((draft.final / "meta.json").read_text())["files"]
+    assert files == {"__0_0.distcp": 3, "tokenizer/tokenizer.json": 2}
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP], ids=errno.errorcode.get)
+def test_a_file_system_that_cannot_fsync_folders_is_good_enough(code, folder, monkeypatch):
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: fails(fault(code))() if os.path.isdir(file) else fsync(file))
+    CheckpointStore(folder / "checkpoints", keep_last=1)._publish(draft_of(folder, 1))
+    assert names(folder) == ["step_00000001"]
+    monkeypatch.setattr(os, "fsync", fails(fault(code)))
+    with pytest.raises(OSError, match=os.strerror(code)):
+        store._flush(folder / "tokenizer" / "tokenizer.json")
+
+
+def test_a_half_deleted_checkpoint_gives_way_to_the_new_one_of_its_step(folder):
+    half = folder / "checkpoints" / "step_00000002"
+    half.mkdir(parents=True)
+    (half / "__1_0.distcp").write_bytes(b"old")
+    checkpoints = CheckpointStore(folder / "checkpoints", keep_last=2)
+    for step in (1, 2):
+        checkpoints._publish(draft_of(folder, step))
+    assert names(folder) == ["step_00000001", "step_00000002"] and not (half / "__1_0.distcp").exists()
+    with pytest.raises(AssertionError, match="never written again"):
+        checkpoints._publish(draft_of(folder, 2))

@@ -296,7 +296,7 @@ def test_killed_at_any_moment_it_can_be_run_again(tmp_path):
         for path in out.rglob("*.tar"):  # whatever has its name is whole
             assert (tmp_path / "whole" / path.relative_to(out)).read_bytes() == path.read_bytes()
     assert workers
-    psutil.wait_procs(workers, timeout=10)
+    psutil.wait_procs(workers, timeout=60)
     assert not any(w.is_running() and w.status() != psutil.STATUS_ZOMBIE for w in workers)  # none left behind
     assert start(corpus, "--output", out).wait() == 0
     assert contents(out) == contents(tmp_path / "whole")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
+import os
 import random
 import shutil
 import tarfile
@@ -15,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tidar_mega.config import LostError
 from tidar_mega.data import DataError, prepare, shards
 from tidar_mega.data.pack import pack
 from tidar_mega.data.stream import open_stream, permute
@@ -263,6 +266,24 @@ def test_a_damaged_list_of_documents_is_an_error(copy, place):
     path.write_bytes(content)
     with pytest.raises(DataError, match="damaged|cannot be read at byte -"):
         read_all(open_stream(copy, "train", LENGTH, seed=1))
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [(errno.EIO, LostError), (errno.ESTALE, LostError), (errno.EACCES, DataError)],
+    ids=["EIO", "ESTALE", "EACCES"],
+)
+def test_a_fault_of_storage_that_may_pass_is_no_fault_of_the_data(prepared, monkeypatch, code, kind):
+    def fail(*args, **kwargs):
+        raise OSError(code, os.strerror(code))
+
+    stream = open_stream(prepared, "train", LENGTH, seed=1)
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(kind, match=f"shard-.*cannot be read at byte .*{os.strerror(code)}"):
+        stream.rows(0)
+    monkeypatch.setattr(Path, "read_text", fail)
+    with pytest.raises(kind, match=f"tidar_tokenizer.json: cannot be read .*{os.strerror(code)}"):
+        Tokenizer.load(prepared / "tokenizer")
 
 
 def test_an_id_outside_the_vocabulary_is_an_error(copy):

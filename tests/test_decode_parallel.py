@@ -69,13 +69,13 @@ def _measure(rank: int, tensor: int, pipeline: int) -> bool:
     forwards.run = slow
     latency.BURST_SECONDS = 0.01
     found = latency.measure(forwards, [1, 2], block=2, drafter=IN_PLACE, prefix=8, repeats=2)
-    return all(seconds > 0 for points in found.step.values() for _, seconds in points)
+    return all(len(points) > 1 for points in found.step.values())
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("tensor, pipeline", [(2, 1), (1, 2)])
 def test_ranks_measure_as_often_as_one_another(tensor, pipeline):
-    assert all(processes.run(_measure, 2, tensor, pipeline, timeout_seconds=120))
+    assert all(processes.run(_measure, 2, tensor, pipeline))
 
 
 @pytest.mark.distributed

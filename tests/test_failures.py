@@ -46,7 +46,7 @@ class Output:
         for line in self.process.stdout:
             self.lines.append((time.monotonic(), line))
 
-    def wait_for(self, start: str, seconds: float = 120) -> None:
+    def wait_for(self, start: str, seconds: float = 600) -> None:
         deadline = time.monotonic() + seconds
         while not any(line.startswith(start) for _, line in self.lines):
             assert self.process.poll() is None and time.monotonic() < deadline, self.text()
@@ -74,7 +74,7 @@ signal.signal(signal.SIGRTMIN + 2, no_more_memory)
 
 def fail(folder: Path, run: str, victim: int, how, *overrides: str, launcher: tuple[str, ...] = ()):
     """Runs until step 3, then does `how` to the process of rank `victim`; (what was said, seconds, exit code)."""
-    line = command("pretrain", "run.yaml", f"run_dir={run}", "train.steps=1000", *overrides)
+    line = command("pretrain", "run.yaml", f"run_dir={run}", "train.steps=1000", "checkpoint.interval=1000", *overrides)
     process = subprocess.Popen(
         [*launcher, *line[len(launcher) and 1 :]],
         cwd=folder,
@@ -125,13 +125,13 @@ def stop(rank: psutil.Process) -> None:
 
 @pytest.mark.parametrize("victim", [1, 0])
 def test_a_rank_that_hangs_is_named_with_the_operation_when_the_time_is_over(work, victim):
-    told, seconds, code = fail(work, f"hangs_{victim}", victim, stop, "parallel.timeout_minutes=0.25")
+    told, seconds, code = fail(work, f"hangs_{victim}", victim, stop, "parallel.timeout_minutes=0.5")
     first = told.splitlines()[0]
     assert first.startswith(f"[rank {1 - victim}] error: "), told
-    assert re.search(r"\w+ \(\w+/\w+\.py:\d+\) did not come to its end within 0.25 minutes \(parallel.timeout", first)
+    assert re.search(r"\w+ \(\w+/\w+\.py:\d+\) did not come to its end within 0.5 minutes \(parallel.timeout", first)
     assert f"rank {victim} did not take part" in first and "at step " in first
     assert "Traceback" not in told
-    assert code == LostError.exit_code and 15 <= seconds < 60
+    assert code == LostError.exit_code and 30 <= seconds < 120
 
 
 @pytest.mark.parametrize(
@@ -146,10 +146,10 @@ def test_a_rank_that_hangs_is_named_with_the_operation_when_the_time_is_over(wor
 def test_the_watchdog_names_the_rank_that_hangs_and_shows_all_stacks(work, number, victim, blame):
     """Long before a collective gives up (parallel.timeout_minutes is 10)."""
     run = f"watchdog_{number - signal.SIGSTOP}"
-    told, seconds, code = fail(work, run, victim, lambda rank: rank.send_signal(number), "health.hang_minutes=0.4")
+    told, seconds, code = fail(work, run, victim, lambda rank: rank.send_signal(number), "health.hang_minutes=0.75")
     error = next(line for line in told.splitlines() if "error:" in line)
     assert told.count("error:") == 1 and "Traceback" not in told, told
-    assert "no progress for 0.4 minutes (health.hang_minutes) at step" in error and re.search(blame, error), told
+    assert "no progress for 0.75 minutes (health.hang_minutes) at step" in error and re.search(blame, error), told
     waiting = told.split(f"[rank {1 - victim}] the stacks of all threads")[1]
     assert "[rank" in waiting and re.search(r"/tidar_mega/train/\w+\.py", waiting), told
     if number == signal.SIGRTMIN:
@@ -159,7 +159,7 @@ def test_the_watchdog_names_the_rank_that_hangs_and_shows_all_stacks(work, numbe
         assert "Timeout (" in told, told
         stack = told.split("Timeout (")[1]
         assert re.search(r"sitecustomize.py\", line \d+ in <lambda>", stack), told
-    assert code == LostError.exit_code and 24 <= seconds < 90
+    assert code == LostError.exit_code and 45 <= seconds < 150
 
 
 def test_torchrun_ends_all_and_shows_the_rank_that_failed_first(work):

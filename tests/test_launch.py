@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.test_main_job import CONFIG, make_corpus
-from tidar_mega.config import ConfigError, UserError, load
-from tidar_mega.launch import jobs, resources, restarts, slurm
+from tidar_mega.config import ConfigError, LostError, UserError, load
+from tidar_mega.launch import __main__ as launch_main
+from tidar_mega.launch import command, jobs, resources, restarts, slurm
 from tidar_mega.launch.resources import Resources
 
 ROOT = Path(__file__).parent.parent
@@ -36,6 +41,19 @@ def test_a_task_takes_its_place_from_slurm():
     assert slurm.place({**TASK, "CUDA_VISIBLE_DEVICES": "1"})["LOCAL_RANK"] == "0", "Slurm shows it one GPU only"
     with pytest.raises(ConfigError, match="one process per GPU"):
         slurm.place({**TASK, "SLURM_LOCALID": "2", "CUDA_VISIBLE_DEVICES": "0,1"})
+
+
+def test_a_task_in_a_container_whose_hook_sets_ranks_takes_its_whole_place_from_slurm(monkeypatch):
+    hook = {"RANK": "9", "LOCAL_RANK": "1", "WORLD_SIZE": "16", "MASTER_ADDR": "gpu07", "MASTER_PORT": "61001"}
+    monkeypatch.setattr(os, "environ", {**TASK, **hook})
+    assert slurm.take_place() and os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    assert os.environ["LOCAL_WORLD_SIZE"] == "8" and os.environ["MASTER_PORT"] != "61001"
+    monkeypatch.setattr(os, "environ", {**TASK, **hook, "LOCAL_WORLD_SIZE": "2", "RANK": "1"})
+    assert slurm.take_place() and os.environ["RANK"] == "1", "torchrun in a task has the last word"
+    monkeypatch.setattr(os, "environ", {"RANK": "3"})
+    assert slurm.take_place(), "any launcher, where Slurm is not"
+    monkeypatch.setattr(os, "environ", {**TASK, **hook, "SLURM_STEP_NUM_TASKS": "1", "RANK": "0"})
+    assert not slurm.take_place(), "a single task starts the processes of its layout itself"
 
 
 def test_layouts_that_do_not_fit_the_job_are_refused():
@@ -75,6 +93,8 @@ def test_a_finished_run_is_known_only_with_its_checkpoint(tmp_path):
 def test_a_run_that_goes_on_is_not_finished(tmp_path):
     (tmp_path / "checkpoints" / "step_00000060").mkdir(parents=True)
     restarts.conclude(load(None, [f"run_dir={tmp_path}", "train.steps=60"]), 60)
+    restarts.begin(load(None, [f"run_dir={tmp_path}", "train.steps=60"]))
+    assert list(tmp_path.glob("*.json")), "it does not go on"
     restarts.begin(load(None, [f"run_dir={tmp_path}", "train.steps=61"]))
     assert not list(tmp_path.glob("*.json")), "for whoever waits for its end"
     restarts.begin(load(None, [f"run_dir={tmp_path}", "train.steps=61"]))
@@ -95,11 +115,90 @@ def test_a_controller_that_is_away_is_waited_for(tmp_path, monkeypatch):
     )
     (tmp_path / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(slurm, "_AWAY_SECONDS", 1.0)
+    monkeypatch.setattr(slurm, "_AWAY_SECONDS", 10.0)
     assert slurm.show("7") == {"JobId": "7", "JobState": "RUNNING"}
     assert slurm.show("gone") == {}
+    monkeypatch.setattr(slurm, "_AWAY_SECONDS", 0.2)
     with pytest.raises(UserError, match="Unable to contact slurm controller"):
         slurm.show("away")
+
+
+def fake(monkeypatch, folder: Path, name: str, *lines: str) -> None:
+    """A command of Slurm on PATH that notes its words in `calls` and does what `lines` say."""
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text("\n".join(["#!/bin/sh", f"cd {folder}", f'echo "{name} $@" >> calls', *lines]) + "\n")
+    (folder / name).chmod(0o755)
+    if not os.environ["PATH"].startswith(f"{folder}:"):
+        monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
+AWAY = 'echo "slurm_load_jobs error: Unable to contact slurm controller (connect failure)" >&2; exit 1'
+RUNNING = "JobId=7 JobState=RUNNING BatchFlag=1 Requeue=1"
+
+
+@pytest.fixture
+def job(monkeypatch):
+    """This process is one of job 7 of submitit, in its first start, and may change what signals do."""
+    before = {number: signal.getsignal(number) for number in jobs._SIGNALS}
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    for name in ("SLURM_ARRAY_JOB_ID", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_requeue_that_nobody_answers_can_be_tried_again(job, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(slurm, "_AWAY_SECONDS", 0.2)
+    config = load(None, [f"run_dir={tmp_path / 'run'}"])
+    fake(monkeypatch, tmp_path / "bin", "scontrol", AWAY)
+    assert restarts.conclude(config, 1) == LostError.exit_code
+    assert "error: job 7 is not requeued: `scontrol show job --oneliner 7` got no answer" in capsys.readouterr().err
+    fake(monkeypatch, tmp_path / "bin", "scontrol", f'echo "{RUNNING}"')
+    restarts.after_crash(config, LostError.exit_code)
+    assert "scontrol requeue 7" in (tmp_path / "bin" / "calls").read_text(), "no code was noted as final"
+    fake(monkeypatch, tmp_path / "bin", "scontrol", f'echo "{RUNNING} Restarts=100"')
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "100")
+    assert restarts.conclude(config, 1) == restarts.GAVE_UP
+    assert restarts.after_crash(config, 143) == restarts.GAVE_UP, "noted"
+
+
+def test_a_command_without_an_answer_in_time_is_tried_again_but_sbatch_is_not(tmp_path, monkeypatch):
+    fake(monkeypatch, tmp_path, "scontrol", "[ $(wc -l < calls) -gt 1 ] || exec sleep 5", f'echo "{RUNNING}"')
+    fake(monkeypatch, tmp_path, "sbatch", "exec sleep 5")
+    monkeypatch.setattr(slurm, "_ANSWER_SECONDS", 2.0)
+    monkeypatch.setattr(slurm, "_AWAY_SECONDS", 20.0)
+    assert slurm.show("7")["JobState"] == "RUNNING"
+    with pytest.raises(LostError, match="nothing within 2 s"):
+        slurm.ask(["sbatch", "x.sh"])
+    assert (tmp_path / "calls").read_text().count("sbatch") == 1
+
+
+def test_a_requeue_whose_first_answer_was_lost_still_excludes_the_bad_nodes(job, tmp_path, monkeypatch):
+    refused = 'echo "Job is pending execution for job 7" >&2; exit 1'
+    known = 'echo "JobId=7 JobState=PENDING Restarts=$(ls again 2>/dev/null | wc -l)"'
+    fake(monkeypatch, tmp_path, "scontrol", f"case $1 in show) {known};; requeue) touch again; {refused};; esac")
+    slurm.requeue("7", ["node2"])
+    assert "scontrol update JobId=7 ExcNodeList=node2" in (tmp_path / "calls").read_text()
+    fake(monkeypatch, tmp_path, "scontrol", f"case $1 in show) echo JobId=7 Restarts=0;; requeue) {refused};; esac")
+    with pytest.raises(UserError, match="Job is pending execution"):
+        slurm.requeue("7", ["node2"])
+
+
+@pytest.mark.parametrize("code", [0, 1, UserError.exit_code])
+def test_a_task_waits_while_its_job_comes_back_and_not_in_one_that_is_cancelled(code, job, tmp_path, monkeypatch):
+    """Whoever has requeued it; the job is cancelled at the third question."""
+    comes_back = 'echo "JobId=7 JobState=COMPLETING Restarts=1"; exit'
+    ended = 'echo "JobId=7 JobState=COMPLETING Restarts=0"'
+    fake(monkeypatch, tmp_path / "bin", "scontrol", f"[ $(wc -l < calls) -gt 2 ] || {{ {comes_back}; }}", ended)
+    for name in ("_ASK_SECONDS", "_END_SECONDS"):
+        monkeypatch.setattr(jobs, name, 0.0)
+    monkeypatch.setattr(jobs.Pretrain, "_run", lambda self, settings: code)
+    (tmp_path / "logs" / "7").mkdir(parents=True)
+    with pytest.raises(UserError, match="Slurm ends job 7: cancelled"):
+        jobs.Pretrain(None, (f"run_dir={tmp_path}",), str(ROOT))()
+    assert (tmp_path / "bin" / "calls").read_text().count("scontrol show") == 3
 
 
 def test_what_lies_beside_the_script_is_found_from_any_folder(tmp_path, monkeypatch):
@@ -136,6 +235,19 @@ def test_the_rank_that_failed_first_is_found(tmp_path):
     (tmp_path / "rank_2.log").write_text("[rank 2] failed at step 1, reading:\nTraceback\nConnection reset\n")
     (tmp_path / "rank_3.log").write_text("[rank 3] failed at step 1, saving:\nTraceback\nOSError: full\n")
     assert f"{tmp_path / 'rank_3.log'}: [rank 3] failed at step 1" in restarts.first_failure(tmp_path)
+    for rank in (0, 2, 3):
+        restarts.mark_start(tmp_path / f"rank_{rank}.log")
+    assert "it was killed" in restarts.first_failure(tmp_path), "an earlier start is not to blame"
+    with (tmp_path / "rank_0.log").open("a") as log:
+        log.write("error: of this start\n")
+    assert "error: of this start" in restarts.first_failure(tmp_path)
+
+
+def test_a_rank_that_crashes_once_the_run_is_finished_changes_nothing(job, tmp_path):
+    config = load(None, [f"run_dir={tmp_path}", "train.steps=60"])
+    (tmp_path / "checkpoints" / "step_00000060").mkdir(parents=True)
+    restarts.conclude(config, 60)
+    assert restarts.after_crash(config, 134) == 0
 
 
 def test_the_code_is_copied_as_it_is_now(tmp_path):
@@ -172,6 +284,56 @@ def test_a_task_of_submitit_that_fails_here_says_why(tmp_path, monkeypatch):
         jobs.Pretrain("run.yaml", settings, str(ROOT))()
 
 
+# Stands for the package that a task runs: says what it is given, and goes on through signals.
+CHILD = """
+import os, signal, sys, time
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda n, _: print("got", signal.Signals(n).name, flush=True))
+print("pid", os.getpid(), *sorted(name for name in os.environ if name.startswith("SLURM_")), flush=True)
+time.sleep(60)
+"""
+
+
+def test_what_ends_a_local_task_reaches_its_run_and_leaves_none_behind(tmp_path):
+    """In somebody's batch job, which the run does not see."""
+    (tmp_path / "code" / "tidar_mega").mkdir(parents=True)
+    (tmp_path / "code" / "tidar_mega" / "__init__.py").touch()
+    (tmp_path / "code" / "tidar_mega" / "cli.py").write_text(CHILD)
+    made = f"from tidar_mega.launch.jobs import Pretrain; Pretrain('run.yaml', (), '{tmp_path}/code')"
+    task = subprocess.Popen(
+        [sys.executable, "-c", f"{made}._run(__import__('tidar_mega').config.load(None, ['run_dir=run']))"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "SLURM_JOB_ID": "7", "SUBMITIT_EXECUTOR": "local"},
+        cwd=tmp_path,
+    )
+    log = tmp_path / "run" / "logs" / "local" / "rank_0.log"
+    said(log, "pid ")
+    task.send_signal(signal.SIGINT)
+    pid, *variables = said(log, "got SIGINT").split("pid ")[1].splitlines()[0].split()
+    assert not variables and task.poll() is None
+    child = psutil.Process(int(pid))
+    task.kill()
+    task.wait()
+    child.wait(10)
+
+
+def said(log: Path, words: str, seconds: float = 60) -> str:
+    """What is in `log` once `words` are."""
+    deadline = time.monotonic() + seconds
+    while not log.exists() or words not in log.read_text():
+        assert time.monotonic() < deadline, f"no {words!r} in {log}"
+        time.sleep(0.05)
+    return log.read_text()
+
+
+def test_a_crash_here_does_not_requeue_the_job_that_surrounds_it(job, tmp_path, monkeypatch):
+    fake(monkeypatch, tmp_path / "bin", "scontrol", f'echo "{RUNNING}"')
+    monkeypatch.setattr(jobs.Pretrain, "_run", lambda self, settings: 1)
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
+    with pytest.raises(UserError, match="ended with code 1; "):
+        jobs.Pretrain(None, (f"run_dir={tmp_path}",), str(ROOT))()
+    assert not (tmp_path / "bin" / "calls").exists()
+
+
 def launch(*words: str, **environment: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "tidar_mega.cli", "launch", *words]
     return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
@@ -198,6 +360,28 @@ def test_a_cluster_without_srun_is_said(tmp_path):
     assert refused.returncode == 2 and "srun is not on PATH" in refused.stderr
 
 
+def test_a_run_that_is_launched_again_for_more_steps_is_not_finished(tmp_path, monkeypatch, capsys):
+    (tmp_path / "run" / "checkpoints" / "step_00000060").mkdir(parents=True)
+    restarts.conclude(load(None, [f"run_dir={tmp_path / 'run'}", "train.steps=60"]), 60)
+    fake(monkeypatch, tmp_path, "sbatch", "echo 7")
+    fake(monkeypatch, tmp_path, "srun")
+    fake(monkeypatch, tmp_path, "sinfo")
+    fake(monkeypatch, tmp_path, "scontrol", 'echo "JobId=7 JobState=PENDING"')
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    words = [f"run_dir={tmp_path / 'run'}", "parallel.data=1"]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(CONFIG)
+    for steps in (60, 61):
+        asked = parser.parse_args(["--gpus=0", "run.yaml", *words, f"train.steps={steps}"])
+        assert command.run(asked, lambda config: None) == 0
+        command.run(parser.parse_args(["--status", str(tmp_path / "run")]), None)
+        assert ("\nfinished\n" in capsys.readouterr().out) == (steps == 60)
+    fake(monkeypatch, tmp_path, "scontrol", 'echo "JobId=7 JobState=CANCELLED"')
+    asked.follow = True
+    assert command.run(asked, lambda config: None) == 1
+
+
 def test_a_run_that_was_not_launched_has_no_status(tmp_path):
     (tmp_path / "job.json").write_text(json.dumps({}))
     for option in ("--status", "--cancel"):
@@ -208,6 +392,31 @@ def test_a_run_that_was_not_launched_has_no_status(tmp_path):
 @pytest.mark.parametrize("name", ["pretrain.sh", "evaluate.sh"])
 def test_the_scripts_are_valid_shell(name):
     subprocess.run(["bash", "-n", str(ROOT / "slurm" / name)], check=True)
+
+
+@pytest.mark.parametrize("code, after", [(0, "after 0"), (1, "after 1"), (2, None)])
+def test_only_a_bad_setting_ends_the_job_before_any_rank_starts(code, after, tmp_path, monkeypatch):
+    fake(monkeypatch, tmp_path, "python", f'[ "$4" != logs ] || exit {code}', "exit 5")
+    fake(monkeypatch, tmp_path, "srun", "echo $SLURM_EXPORT_ENV >> exported")
+    done = subprocess.run(
+        ["bash", str(ROOT / "slurm" / "pretrain.sh"), "run.yaml"],
+        env={**os.environ, "TIDAR_PYTHON": str(tmp_path / "python"), "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "a"},
+        cwd=tmp_path,
+    )
+    calls = (tmp_path / "calls").read_text()
+    assert done.returncode == (5 if after else 2)
+    assert (f"{after} run.yaml" in calls) if after else ("after" not in calls)
+    assert (tmp_path / "exported").exists() == (code == 0)
+    if code == 0:
+        assert (tmp_path / "exported").read_text() == "ALL\n"
+
+
+def test_a_file_system_that_fails_is_no_bad_setting(job, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert launch_main.main(["logs", "run.yaml"]) == UserError.exit_code
+    (tmp_path / "run.yaml").write_text(CONFIG)
+    assert launch_main.main(["logs", str(tmp_path / "run.yaml"), f"run_dir={tmp_path / 'file' / 'run'}"]) == 1
+    assert "Not a directory" in capsys.readouterr().err
 
 
 def test_the_file_system_of_a_folder_is_that_of_the_mount_above_it(tmp_path):

@@ -10,11 +10,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+
+from tidar_mega.config import LostError
+from tidar_mega.train.resume import lock_folder
 
 pytestmark = pytest.mark.distributed
 
@@ -40,7 +44,7 @@ def environment() -> dict:
 
 def tidar(folder: Path, *arguments: str, code: int = 0) -> str:
     done = subprocess.run(
-        command(*arguments), cwd=folder, env=environment(), capture_output=True, text=True, timeout=300
+        command(*arguments), cwd=folder, env=environment(), capture_output=True, text=True, timeout=1800
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -94,12 +98,13 @@ def interrupt(folder: Path, run: str, after: int, how, *overrides: str) -> int:
             stdout=log,
             stderr=subprocess.STDOUT,
         )
-        deadline = time.monotonic() + 120
-        while after not in metrics(folder, run) and time.monotonic() < deadline:
+        deadline = time.monotonic() + 600
+        while after not in metrics(folder, run):
             assert process.poll() is None, "ended too early"
+            assert time.monotonic() < deadline, "too slow"
             time.sleep(0.02)
         how(process) if callable(how) else process.send_signal(how)
-        return process.wait(timeout=60)
+        return process.wait(timeout=300)
 
 
 def test_training_learns_and_says_so(work):
@@ -229,14 +234,14 @@ def test_a_stop_signal_during_the_imports_is_not_lost(work):
     process = subprocess.Popen(
         command("pretrain", "run.yaml", "run_dir=early"), cwd=work, env=environment(), stdout=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         ranks = psutil.Process(process.pid).children()
         if len(ranks) == 2 and all(catches(rank, signal.SIGTERM) for rank in ranks):
             break
         time.sleep(0.002)
     process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=120)
+    out, _ = process.communicate(timeout=600)
     assert process.returncode == 0 and "SIGTERM: stopped at step 0" in out
 
 
@@ -274,13 +279,17 @@ def test_a_log_line_that_spans_a_restart_is_that_of_the_whole_run(work):
 
 
 def test_two_runs_do_not_share_a_folder(work):
-    import fcntl
-
-    (work / "locked").mkdir()
-    with (work / "locked" / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with lock_folder(work / "locked"):
         out = tidar(work, "pretrain", "run.yaml", "run_dir=locked", code=2)
-    assert "another run is using it" in out and "Traceback" not in out
+    assert f"another run is using it (process {os.getpid()} on " in out and "Traceback" not in out
+
+
+def test_a_job_that_starts_again_waits_for_what_is_left_of_its_last_start(tmp_path):
+    orphan = lock_folder(tmp_path)
+    with pytest.raises(LostError, match="still after 1 s"):
+        lock_folder(tmp_path, patience_seconds=1.0)
+    threading.Timer(1.5, orphan.close).start()
+    lock_folder(tmp_path, patience_seconds=60.0).close()
 
 
 @pytest.mark.parametrize("setting, said", [("method=idlm", "method = idlm"), ("train.block=8", "train.block = 8")])
@@ -296,10 +305,11 @@ def test_one_killed_rank_ends_the_run_in_seconds_and_nothing_is_lost(work):
         ranks = [c for c in psutil.Process(process.pid).children() if c.environ().get("RANK") == "1"]
         assert len(ranks) == 1
         ranks[0].kill()
+        killed.append(time.monotonic())
 
-    started = time.monotonic()
+    killed: list[float] = []
     assert interrupt(work, "one_rank", 7, kill_a_rank) == 128 + signal.SIGKILL
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - killed[0] < 30
     log = (work / "one_rank.log").read_text()
     assert "Traceback" not in log and "\nrank 1 was ended by SIGKILL (most often for lack of memory)" in log
     assert not [p for p in psutil.process_iter(["cmdline"]) if "run_dir=one_rank" in (p.info["cmdline"] or [])]

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests import processes
 from tidar_mega import config as config_module
@@ -14,7 +15,7 @@ from tidar_mega.config import LostError, UserError
 from tidar_mega.train import preflight
 from tidar_mega.train.preflight import Facts, NodeError
 
-GOOD = Facts("n1", "8 x H200", "torch 2", "abc", 1000.0, 50.0, "", True, True, True, 100.0)
+GOOD = Facts("n1", "8 x H200", "torch 2", "abc", "9 bytes", 1000.0, 50.0, "", True, True, True, 100.0)
 FOUR = [GOOD, GOOD, replace(GOOD, host="n2"), replace(GOOD, host="n2")]
 
 
@@ -27,6 +28,7 @@ def with_last(**odd) -> list[Facts]:
     [
         ({"gpus": "7 x H200"}, "n2: GPUs: 7 x H200"),
         ({"versions": "torch 1"}, "n2: versions: torch 1"),
+        ({"data": "no data/index.json"}, "n2: data.path: no data/index.json"),
         ({"computes": False}, "n2: a product came out wrong"),
         ({"exchanges": False}, "n2: a sum over all ranks came out wrong"),
         ({"cannot_write": "disk full", "shares_folder": False}, "n2: disk full"),
@@ -48,6 +50,28 @@ def test_what_another_node_would_not_mend_is_not_tried_again():
         with pytest.raises(UserError) as error:
             preflight.verdict(facts, "runs/x")
         assert said in str(error.value) and error.value.exit_code == UserError.exit_code
+
+
+def test_one_node_of_many_that_does_not_see_the_run_folder_may_be_replaced():
+    many = [replace(GOOD, host=f"n{i}", shares_folder=i != 4) for i in range(1, 5)]
+    with pytest.raises(NodeError, match="is not seen on n4") as error:
+        preflight.verdict(many, "runs/x")
+    assert error.value.nodes == ["n4"]
+
+
+def test_a_node_with_fewer_gpus_than_slurm_has_given_is_named_before_anything_waits_for_it(monkeypatch):
+    noted: list[str] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 7)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    preflight.check_gpu(7, noted.extend)  # not of Slurm
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    monkeypatch.setenv("SLURMD_NODENAME", "n2")
+    preflight.check_gpu(6, noted.extend)
+    with pytest.raises(NodeError, match="n2: process 7 of this node has no GPU .7 can be used.") as error:
+        preflight.check_gpu(7, noted.extend)
+    assert noted == error.value.nodes == ["n2"]
+    monkeypatch.setattr(torch.version, "cuda", None)  # a build for CPUs
+    preflight.check_gpu(7, noted.extend)
 
 
 def test_a_sum_that_is_wrong_everywhere_excludes_no_node():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -99,12 +100,15 @@ def reached(folder: Path, run: str, step: int) -> None:
 
 def rank_process(run: str, rank: int) -> psutil.Process:
     """The process of one rank, found by its own command line and environment."""
+    found = []
     for process in psutil.process_iter(["cmdline"]):
-        words = process.info["cmdline"] or []
-        ours = f"run_dir={run}" in words and "tidar_mega.cli" in words and "srun" not in words[0]
-        if ours and process.environ().get("SLURM_PROCID") == str(rank):
-            return process
-    raise AssertionError(f"rank {rank} of {run} is not there")
+        with contextlib.suppress(psutil.NoSuchProcess):
+            words = process.info["cmdline"] or []
+            ours = f"run_dir={run}" in words and "tidar_mega.cli" in words and "srun" not in words[0]
+            if ours and process.environ().get("SLURM_PROCID") == str(rank):
+                found.append(process)
+    assert found, f"rank {rank} of {run} is not there"
+    return min(found, key=lambda process: process.create_time())  # the others are writers that it has forked
 
 
 def test_a_job_trains_to_the_end_with_the_losses_of_a_local_run(work, uninterrupted):

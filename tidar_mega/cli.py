@@ -164,7 +164,10 @@ def _pretrain_worker(config: Config) -> int:
     from tidar_mega.train import ending, preflight
     from tidar_mega.train.loop import train
 
-    ending.join(config, int(os.environ.get("LOCAL_RANK", "0")))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if config.launch.preflight:
+        preflight.check_gpu(local_rank, lambda nodes: launch.note_bad_nodes(config, nodes))
+    ending.join(config, local_rank)
     with ending.opened(config, lambda code: launch.note_exit(config, code)) as roll_call:
         mesh, rank = build_mesh(config), dist.get_rank()
         if config.launch.preflight:
@@ -174,7 +177,9 @@ def _pretrain_worker(config: Config) -> int:
                 print(found, flush=True)
         if rank == 0:
             launch.begin(config)
-        progress = train(config, mesh, stop, roll_call)
+        patience = 30 * config.health.hang_minutes if launch.restart_count() else 0.0  # half of what a hang may take
+        progress = train(config, mesh, stop, roll_call, patience)
+    stop.ignore()
     dist.destroy_process_group()
     return launch.conclude(config, progress.step) if rank == 0 else 0
 

@@ -11,7 +11,7 @@
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 folder=${TIDAR_SLURM_FOLDER:-${TMPDIR:-/tmp}/tidar-slurm-$(id -u)}
-nodes=2 cpus=8 gpus=2 port=26817
+nodes=2 cpus=8 gpus=2 port=30500 # up to 32499: below the ports of outgoing connections, above those of local ranks
 export SLURM_CONF=$folder/slurm.conf
 
 install() {

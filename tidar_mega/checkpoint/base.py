@@ -14,6 +14,7 @@ from pathlib import Path
 from tidar_mega.checkpoint import state, store
 from tidar_mega.checkpoint.store import CheckpointError
 from tidar_mega.config import Config
+from tidar_mega.config.errors import storage_error
 from tidar_mega.model.gpt import HybridGPT
 from tidar_mega.model.spec import set_weight
 from tidar_mega.parallel.mesh import Mesh
@@ -130,5 +131,6 @@ def fingerprint(path: Path) -> str:
                     file.seek(start)
                     digest.update(file.read(_PIECE_BYTES))
         except OSError as error:
-            raise CheckpointError(f"{path / name}: cannot be read ({error.strerror})") from None
+            said = f"{path / name}: cannot be read ({error.strerror})"
+            raise storage_error(error, CheckpointError, said, "make it readable for this user") from None
     return digest.hexdigest()[:32]

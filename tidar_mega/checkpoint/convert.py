@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tidar_mega.checkpoint.store import CheckpointError
+from tidar_mega.checkpoint.store import CheckpointError, copy_files
 from tidar_mega.config import Config, UserError
 from tidar_mega.model.gpt import HybridGPT
 
@@ -108,7 +108,7 @@ def export(model: HybridGPT, config: Config, tokenizer: Path, about_tokens: dict
     about, new = description(config, model, eod), folder.with_name(folder.name + ".new")
     try:
         shutil.rmtree(new, ignore_errors=True)
-        shutil.copytree(tokenizer, new)
+        copy_files(tokenizer, new)
         (new / "tokenizer_config.json").write_text(json.dumps(about_tokens, indent=1) + "\n")
         (new / "config.json").write_text(json.dumps(about, indent=1) + "\n")
         save_file(weights(model), new / "model.safetensors", metadata={"format": "pt"})

@@ -12,6 +12,7 @@ import functools
 import inspect
 import json
 import os
+import pickle
 import re
 import shutil
 import time
@@ -21,8 +22,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
@@ -33,13 +36,18 @@ from tidar_mega import config as config_module
 from tidar_mega.checkpoint.state import RANDOM, sharding
 from tidar_mega.checkpoint.writing import Writer, of_disk
 from tidar_mega.config import Config, UserError
+from tidar_mega.config.errors import storage_error
 from tidar_mega.parallel.failures import of_communication
 from tidar_mega.parallel.mesh import Mesh
 
 FORMAT = 1
 _META = "meta.json"
-_LOOK_SECONDS = 5.0  # between two looks at what is being written
+_NO_FSYNC = (errno.EINVAL, errno.ENOTSUP)  # what CIFS and some FUSE systems say to that of a folder
+_LOOK_EVERY = 100  # waits between two looks at what is being written: 5 s or a little more
 _MEGATRON_ERRORS = (Exception, CheckpointException)  # megatron, torch and pickle raise many; torch's is no Exception
+# those of them that damaged files lead to, unless they name what is no file
+_OF_CONTENT = (CheckpointingException, pickle.UnpicklingError, EOFError, LookupError, ValueError, RuntimeError)
+_OF_MACHINE = re.compile("CUDA|NCCL|can't allocate memory")
 
 
 class CheckpointError(UserError):
@@ -83,7 +91,7 @@ class CheckpointStore:
         """Collective. Starts to write `parts` (of `state.sharded`, about `size` bytes), which may change on return.
 
         `finish` publishes them, whole or not at all. Raises CheckpointError on every rank, for example on a
-        full disk; earlier checkpoints stay as they are.
+        full disk, or LostError for a fault that may pass; earlier checkpoints stay as they are.
         """
         assert self._draft is None, "one save at a time"
         final = self.path(step)
@@ -99,13 +107,13 @@ class CheckpointStore:
         """Collective while a save is in flight, and then cheap: publishes it if all ranks have written their parts, or
         waits until they have. Returns the published folder, or None. `progress` is called while its files grow.
 
-        Raises CheckpointError on every rank if one could not write.
+        Raises CheckpointError or LostError, as `begin`, on every rank if one could not write.
         """
         draft = self._draft
         if draft is None:
             return None
         try:
-            if not self._writer.finish(wait, _Growth(draft.folder, progress).look):
+            if not self._writer.finish(wait, _Growth(mesh, draft.folder, progress).look):
                 return None
         except CheckpointException as error:  # exchanged by megatron: every rank comes here, and the main one knows why
             self._draft = None
@@ -118,36 +126,43 @@ class CheckpointStore:
 
     def _publish(self, draft: _Draft) -> None:
         folder = draft.folder
-        shutil.copytree(draft.tokenizer, folder / "tokenizer")
-        sizes = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+        copy_files(draft.tokenizer, folder / "tokenizer")
+        flushed = {path: _flush(path) for path in sorted(folder.rglob("*"))}
+        sizes = {str(path.relative_to(folder)): size for path, size in flushed.items() if path.is_file()}
         (folder / _META).write_text(json.dumps({"format": FORMAT, **draft.meta, "files": sizes}, indent=1))
-        for path in [*folder.rglob("*"), folder]:
-            _flush(path)
-        assert not draft.final.exists(), "a published checkpoint is never written again"
+        _flush(folder / _META)
+        _flush(folder)
+        assert not (draft.final / _META).exists(), "a published checkpoint is never written again"
+        if draft.final.exists():  # half deleted by somebody, so this run went on from an earlier one
+            _take_away(draft.final)
         folder.rename(draft.final)
         _flush(self.folder)
         for old in self.published()[: -self.keep_last]:
-            leftover = old.with_name(f".{old.name}.unfinished")  # a kill in the middle leaves no half checkpoint
-            old.rename(leftover)
-            shutil.rmtree(leftover, ignore_errors=True)
+            _take_away(old)
 
 
 class _Growth:
-    """Whether what is being written still grows: a big checkpoint takes long, and a dead disk for ever."""
+    """Whether what is being written still grows: a big checkpoint takes long, and a dead disk for ever. The main rank
+    looks and tells the others: the files are as many as the ranks, too many for each of them to ask for."""
 
-    def __init__(self, folder: Path, grown: Callable[[], None]) -> None:
-        self.folder, self.grown = folder, grown
-        self.size, self.looked = -1, time.monotonic()
+    def __init__(self, mesh: Mesh, folder: Path, grown: Callable[[], None]) -> None:
+        self.mesh, self.folder, self.grown = mesh, folder, grown
+        self.size, self.waits = -1, 0
 
     def look(self) -> None:
-        if time.monotonic() - self.looked < _LOOK_SECONDS:
+        """Collective: all ranks wait equally often."""
+        self.waits += 1
+        if self.waits % _LOOK_EVERY:
             return
-        self.looked = time.monotonic()
+        size = self.mesh.same(self._measure() if self.mesh.is_main else None)
+        if size != self.size:
+            self.size = size
+            self.grown()
+
+    def _measure(self) -> int:
         with contextlib.suppress(OSError):  # a network file system may lose sight of a file: no reason to give up
-            size = sum(path.stat().st_size for path in self.folder.glob("*.distcp"))
-            if size != self.size:
-                self.size = size
-                self.grown()
+            return sum(path.stat().st_size for path in self.folder.glob("*.distcp"))
+        return self.size
 
 
 @dataclass(frozen=True)
@@ -172,11 +187,20 @@ def resolve(path: Path) -> Path:
 
 
 def read_meta(path: Path) -> dict:
-    """`meta.json`, after every file that it lists was found with its size. Raises CheckpointError."""
+    """`meta.json`, after every file that it lists was found with its size. Raises CheckpointError, or LostError where
+    the storage does not answer."""
+    try:
+        return _read_meta(path)
+    except OSError as error:
+        said = f"{error.filename or path}: cannot be read ({error.strerror})"
+        raise storage_error(error, CheckpointError, said, _READABLE) from None
+
+
+def _read_meta(path: Path) -> dict:
     try:
         meta = json.loads((path / _META).read_text())
         files = meta["files"]
-    except (OSError, ValueError, KeyError) as error:
+    except (FileNotFoundError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path / _META}: cannot be read ({error}); {_WAY_OUT}") from None
     if meta.get("format") != FORMAT:
         found = meta.get("format")
@@ -196,7 +220,8 @@ def read_meta(path: Path) -> dict:
 
 
 def load(path: Path, parts: dict) -> dict:
-    """Collective. Fills the template `parts` from the checkpoint at `path`. Raises CheckpointError.
+    """Collective. Fills the template `parts` from the checkpoint at `path`. Raises CheckpointError if it is damaged or
+    another model's, LostError where the storage does not give it; what is no matter of its files passes unchanged.
 
     Every tensor of `parts` must be in the checkpoint, and every weight of the checkpoint (with optimizer state in
     `parts`: every tensor) must be asked for by some rank.
@@ -205,7 +230,13 @@ def load(path: Path, parts: dict) -> dict:
         _match(path, parts)
         return dist_checkpointing.load(parts, str(path))
     except _MEGATRON_ERRORS as error:
-        if isinstance(error, CheckpointError) or of_communication(error):
+        causes = _by_rank(error)
+        if isinstance(error, UserError) or any(map(of_communication, causes)):
+            raise
+        if (fault := _fault(error)) is not None:
+            said = f"{path}: cannot be read ({_first_line(error)})"
+            raise storage_error(fault, CheckpointError, said, _READABLE) from error
+        if not all(map(_is_of_content, causes)):
             raise
         raise CheckpointError(f"{path}: cannot be loaded ({_first_line(error)}); {_WAY_OUT}") from error
 
@@ -255,12 +286,30 @@ def saved_config(meta: dict) -> Config:
 
 
 _WAY_OUT = "the folder is damaged: delete it to go on from the checkpoint before it"
+_READABLE = "make it readable for this user"
+
+
+def copy_files(source: Path, target: Path) -> None:
+    """Contents without modes: in a copy of a read-only folder that shutil.copytree makes, nothing can be deleted."""
+    target.mkdir()
+    for path in source.iterdir():
+        (copy_files if path.is_dir() else shutil.copyfile)(path, target / path.name)
+
+
+def _take_away(folder: Path) -> None:
+    """Deletes a folder, first renamed: a kill in the middle leaves no half checkpoint. What cannot be deleted stays
+    under a name that the next save tries again."""
+    aside = folder.with_name(f".{folder.name.lstrip('.')}.{time.time_ns()}.unfinished")
+    folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _fresh_folder(folder: Path, draft: Path, size: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(".step_*.unfinished"):
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)  # one that stays costs room, and no run
+    if draft.exists():
+        _take_away(draft)
     if shutil.disk_usage(folder).free < size:  # said before any rank begins to write
         raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: about {size / 2**20:.0f} MiB are needed")
     draft.mkdir()
@@ -268,18 +317,20 @@ def _fresh_folder(folder: Path, draft: Path, size: int) -> None:
 
 def _give_up(draft: Path, error: BaseException) -> NoReturn:
     shutil.rmtree(draft, ignore_errors=True)
-    raise CheckpointError(_cannot_write(draft, error)) from error
+    said = _cannot_write(draft, error)
+    mend = "free space or change run_dir, then run the same command to resume"
+    raise storage_error(_fault(error), CheckpointError, said, mend) from error
 
 
 def _give_up_alone(draft: Path, error: BaseException) -> NoReturn:
     """On a rank that meets `error` while the others know nothing of it."""
-    if isinstance(of_disk(error), OSError) or "PytorchStreamWriter" in str(error):
+    if _fault(error) is not None or "PytorchStreamWriter" in str(error):  # torch's own writer does not say why
         _give_up(draft, error)
     raise error
 
 
 def _on_disk(draft: Path, action):
-    """`action`, whose failures are a CheckpointError and leave no draft behind."""
+    """`action`, whose failures are a CheckpointError or LostError and leave no draft behind."""
 
     def guarded():
         try:
@@ -297,8 +348,30 @@ def _cannot_write(draft: Path, error: BaseException) -> str:
         free = "the folder cannot be read"
     return (
         f"{draft.parent}: the checkpoint could not be written ({_first_line(error)}; {free}); "
-        "earlier checkpoints are whole; free space or change run_dir, then run the same command to resume"
+        "earlier checkpoints are whole"
     )
+
+
+def _by_rank(error: BaseException) -> list[BaseException]:
+    """What each rank met, where torch has put that together."""
+    return [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+
+
+def _fault(error: BaseException) -> OSError | None:
+    """The fault of storage behind `error`, if that is known. Of what another process met, only the text is left."""
+    for part in _by_rank(error):
+        cause = of_disk(part)
+        if isinstance(cause, OSError):
+            return cause
+        if found := re.search(r"\[Errno (\d+)\] (.*)", str(part)):
+            return OSError(int(found[1]), found[2])
+    return None
+
+
+def _is_of_content(error: BaseException) -> bool:
+    """Whether `error` comes of what the files hold, and not of this machine's memory or devices."""
+    is_memory = isinstance(error, torch.OutOfMemoryError)
+    return isinstance(error, _OF_CONTENT) and not is_memory and not _OF_MACHINE.search(str(error))
 
 
 def _first_line(error: BaseException) -> str:
@@ -308,9 +381,15 @@ def _first_line(error: BaseException) -> str:
     return (causes or lines or [type(error).__name__])[-1 if causes else 0]
 
 
-def _flush(path: Path) -> None:
+def _flush(path: Path) -> int:
+    """Returns the size in bytes of the open file: by name, NFS may tell an older one of what another node wrote."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        try:
+            os.fsync(handle)
+        except OSError as error:
+            if error.errno not in _NO_FSYNC or not path.is_dir():
+                raise
+        return os.fstat(handle).st_size
     finally:
         os.close(handle)

@@ -122,6 +122,7 @@ class _Results:
         self.file.seek(0)
         answer = self.file.read()
         self.file.truncate(0)
-        if not answer:
-            raise queue.Empty
-        return pickle.loads(answer)
+        try:
+            return pickle.loads(answer)
+        except (EOFError, pickle.UnpicklingError):  # killed since `_say_if_killed`: no answer, or a part of one
+            return ChildProcessError("ChildProcessError: the writing process ended before it had answered")

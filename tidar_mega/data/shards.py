@@ -15,6 +15,7 @@ it is written beside, fsynced and renamed.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -90,6 +91,9 @@ def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # CIFS and some FUSE systems cannot do it for a folder
+            raise
     finally:
         os.close(descriptor)
 

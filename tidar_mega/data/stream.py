@@ -10,6 +10,7 @@ Shape suffixes: N = seq_length + 1 tokens of a window, with the one that the las
 from __future__ import annotations
 
 import bisect
+import errno
 import functools
 import hashlib
 import itertools
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tidar_mega.config.errors import storage_error
 from tidar_mega.data import DataError, shards
 from tidar_mega.data.pack import pack
 from tidar_mega.data.tokenizer import Tokenizer
@@ -27,6 +29,7 @@ from tidar_mega.rows import PADDING, Rows, concatenate
 _OPEN_FILES = 128  # shards held open at once by one stream
 _ROUNDS = 8  # of the Feistel network
 _WORD = (1 << 64) - 1
+_NO_PLACE = (errno.EINVAL, errno.EOVERFLOW)  # of a file: the list of documents is damaged
 
 
 def open_stream(folder: str | Path, split: str, seq_length: int, seed: int, *, shift_windows: bool = False) -> Stream:
@@ -92,7 +95,8 @@ class Stream:
         return max(0, usable) // self.seq_length
 
     def rows(self, global_index: int) -> Rows:
-        """Clean rows [1, S] (CPU) of one sample. Raises DataError if a shard is damaged there."""
+        """Clean rows [1, S] (CPU) of one sample. Raises DataError if a shard is damaged there, LostError if the storage
+        does not give it."""
         first = self._first_token(global_index)
         token_N, document_N = self._reader.window(first, self.seq_length + 1)
         found = len(token_N)
@@ -162,7 +166,10 @@ class Reader:
             is_there = _is_header(header, document, length * itemsize)
             content = os.pread(file.number, (stop - first) * itemsize, offset + first * itemsize) if is_there else b""
         except (OSError, OverflowError) as error:
-            raise DataError(f"{self.folder / self._names[shard]}: cannot be read at byte {offset} ({error})") from None
+            said = f"{self.folder / self._names[shard]}: cannot be read at byte {offset} ({error})"
+            if isinstance(error, OverflowError) or error.errno in _NO_PLACE:
+                raise DataError(f"{said}: {self.folder / shards.DOCUMENTS} is damaged; {shards.RESTORE}") from None
+            raise storage_error(error, DataError, said, "make it readable for this user") from None
         if not is_there or len(content) != (stop - first) * itemsize:
             raise DataError(
                 f"{self.folder / self._names[shard]}: damaged at byte {offset}: document {document} with {length} "

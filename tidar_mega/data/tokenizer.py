@@ -19,6 +19,7 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
+from tidar_mega.config.errors import storage_error
 from tidar_mega.data import DataError
 
 END, PAD, MASK = "<|endofdoc|>", "<|pad|>", "<|mask|>"
@@ -198,8 +199,11 @@ _AGAIN = "take the whole folder from its origin again, or run `tidar prepare` ag
 def _read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as JSON ({error}); {_AGAIN}") from None
+    except OSError as error:
+        said = f"{path}: cannot be read ({error})"
+        raise storage_error(error, DataError, said, "make it readable for this user") from None
 
 
 def _read_model(folder: Path) -> tokenizers.Tokenizer:

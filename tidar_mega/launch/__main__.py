@@ -1,6 +1,7 @@
 """What slurm/*.sh ask on a job's first node.
 
-python -m tidar_mega.launch logs CONFIG key=value ..  checks the settings, makes the folder of the logs and prints it
+python -m tidar_mega.launch logs CONFIG key=value ..  checks the settings, makes the folder of the logs and prints it;
+                                                      its code is 2 if the same command would fail again
 python -m tidar_mega.launch after CODE CONFIG key=value ..  once srun has ended with CODE: requeues, or says why not
 """
 
@@ -27,10 +28,16 @@ def main(words: list[str]) -> int:
             return restarts.after_crash(config, code)
         logs = Path(config.run_dir) / "logs" / str(slurm.own_job())
         logs.mkdir(parents=True, exist_ok=True)
+        for log in logs.glob("rank_*.log"):
+            restarts.mark_start(log)
+        restarts.begin(config)
         print(logs)
-    except (UserError, OSError) as error:
+    except UserError as error:
         slurm.say(f"error: {error}")
-        return UserError.exit_code
+        return error.exit_code
+    except OSError as error:  # of a file system, which may come back
+        slurm.say(f"error: {error}")
+        return 1
     return 0
 
 

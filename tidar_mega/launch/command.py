@@ -51,13 +51,14 @@ def run(args, check_method: Callable[[Config], None]) -> int:
         return _show(config, words, r)
     check_cluster(config, r)
     _ask_slurm(jobs.sbatch_command(jobs.script(), words, r))
+    restarts.begin(config)
     code = jobs.snapshot(config)
     command = jobs.sbatch_command(code / jobs.script().relative_to(jobs.script().parents[1]), words, r, code)
     job = slurm.ask([command[0], "--parsable", *command[1:]]).strip().split(";")[0]
     note = {"job": job, "output": f"tidar-{job}.out", "command": shlex.join(command)}
     (Path(config.run_dir) / "job.json").write_text(json.dumps(note) + "\n")
     print(f"job {job} is in the queue; tidar launch --status {config.run_dir}")
-    return _follow(Path(config.run_dir), job) if args.follow else 0
+    return _follow(config, job) if args.follow else 0
 
 
 def _ask_slurm(command: list[str]) -> None:
@@ -111,8 +112,9 @@ def _cancel(run: Path) -> int:
     return 0
 
 
-def _follow(run: Path, job: str) -> int:
+def _follow(config: Config, job: str) -> int:
     """Shows the batch shell's and rank 0's words as they come; 0 if the run comes to its end."""
+    run = Path(config.run_dir)
     shown: dict[Path, int] = {Path(f"tidar-{job}.out"): 0, run / "logs" / job / "rank_0.log": 0}
     try:
         while True:
@@ -126,7 +128,7 @@ def _follow(run: Path, job: str) -> int:
                     sys.stdout.write(new.decode(errors="replace"))
                     sys.stdout.flush()
             if over:
-                return 0 if (run / "finished.json").exists() else 1
+                return 0 if restarts.finished(config) is not None else 1
             time.sleep(1.0)
     except KeyboardInterrupt:
         print(f"\njob {job} goes on; tidar launch --cancel {run} ends it")

@@ -6,6 +6,7 @@ RUN_DIR/logs/JOB/rank_*.log, and both run a copy of the code as it was when they
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import signal
@@ -22,13 +23,16 @@ from tidar_mega import config as config_module
 from tidar_mega.config import Config, UserError
 from tidar_mega.launch import restarts, slurm
 from tidar_mega.launch.resources import Resources, check, check_cluster, minutes
+from tidar_mega.lifetime import end_with
 
 if TYPE_CHECKING:
     import submitit
 
 _ROOT = Path(__file__).parents[2]
-_END_SECONDS = 120.0  # for the marker of rank 0, or for Slurm to end a job that was requeued
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_END_SECONDS = 900.0  # for the marker of rank 0 or its requeue, which is tried twice where the controller is away
+_ASK_SECONDS = 10.0  # between two questions to the controller
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+_FINAL = (UserError.exit_code, restarts.GAVE_UP)
 
 
 def submit(
@@ -75,6 +79,7 @@ def _task(config: str | Path, overrides: list[str], r: Resources, executor: str)
         check_cluster(settings, r)
     elif settings.parallel.data is None:  # the processes are started by `tidar pretrain` itself
         overrides = [*overrides, f"parallel.data={r.world_size // settings.parallel.model_size}"]
+    restarts.begin(settings)
     return Pretrain(str(config), tuple(overrides), str(snapshot(settings))), settings
 
 
@@ -110,40 +115,69 @@ class Pretrain:
     def __call__(self) -> dict:
         settings = config_module.load(self.config, self.overrides)
         code = self._run(settings)
-        job = slurm.own_job()
+        if _job():
+            if code not in (0, *_FINAL) and _first_to_requeue(settings):
+                code = restarts.after_crash(settings, code)
+            _wait(settings, code)
+        done = restarts.finished(settings) is not None
         if code == UserError.exit_code:
             raise UserError(restarts.first_failure(_logs(settings)))
-        if job and code not in (0, restarts.GAVE_UP) and _first_to_requeue(settings):
-            code = restarts.after_crash(settings, code)
-        given_up = code == restarts.GAVE_UP and not restarts.ending()
-        deadline = time.monotonic() + (_END_SECONDS if job else 0)
-        while restarts.finished(settings) is None and not given_up and time.monotonic() < deadline:
-            time.sleep(0.5)  # a task that returned before a requeue has ended it would leave a result
-        if code:
+        if code and not done:
             raise UserError(f"ended with code {code}; {restarts.first_failure(_logs(settings))}")
-        done = restarts.finished(settings) is not None
         return {"finished": done, "step": restarts.newest_step(settings), "run_dir": settings.run_dir}
 
     def _run(self, settings: Config) -> int:
         path = os.pathsep.join(part for part in (self.code, os.environ.get("PYTHONPATH")) if part)
         command = [sys.executable, "-P", "-u", "-m", "tidar_mega.cli", "pretrain", self.config, *self.overrides]
-        logs = _logs(settings)
+        job, logs = _job(), _logs(settings)
         logs.mkdir(parents=True, exist_ok=True)
-        with (logs / f"rank_{os.environ.get('SLURM_PROCID', 0)}.log").open("a") as log:
+        kept = {name: value for name, value in os.environ.items() if job or not name.startswith("SLURM_")}
+        path_of_log = logs / f"rank_{kept.get('SLURM_PROCID', 0)}.log"
+        restarts.mark_start(path_of_log)
+        with path_of_log.open("a") as log:
             print(f"the words of this task are in {log.name}", flush=True)
             child = subprocess.Popen(
-                command, env={**os.environ, "PYTHONPATH": path}, stdout=log, stderr=subprocess.STDOUT
+                command,
+                env={**kept, "PYTHONPATH": path},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C reaches it through this process only, once
+                preexec_fn=functools.partial(end_with, os.getpid()),
             )
             before = {number: signal.signal(number, lambda n, _: child.send_signal(n)) for number in _SIGNALS}
             try:
                 return child.wait()
             finally:
-                for number, handler in before.items():
-                    signal.signal(number, handler)
+                for number, handler in before.items():  # in a Slurm job, submitit's would requeue by themselves
+                    signal.signal(number, signal.SIG_IGN if job else handler)
+
+
+def _job() -> str | None:
+    """The Slurm job of this task; none with the other executors, although they may run inside somebody's job."""
+    return slurm.own_job() if os.environ.get("SUBMITIT_EXECUTOR") == "slurm" else None
+
+
+def _wait(settings: Config, code: int) -> None:
+    """After the end of a task's process with `code`: returns once the run is finished or nothing more is to come. Never
+    returns in a job that comes back, as a task would leave a result; Slurm ends it, however long that takes.
+
+    Raises UserError in a job that Slurm ends for good.
+    """
+    deadline = time.monotonic() + (0 if code in _FINAL else _END_SECONDS)
+    ask_at, back = 0.0, None
+    while restarts.finished(settings) is None:
+        if time.monotonic() >= ask_at:
+            back = restarts.coming_back()
+            ask_at = time.monotonic() + _ASK_SECONDS
+        if back is False:
+            raise UserError(f"Slurm ends job {_job()}: cancelled, at its time limit, or another task has failed")
+        if back is None and time.monotonic() >= deadline:
+            return
+        time.sleep(0.5)
 
 
 def _logs(settings: Config) -> Path:
-    return Path(settings.run_dir) / "logs" / (slurm.own_job() or "local")
+    return Path(settings.run_dir) / "logs" / (_job() or "local")
 
 
 def _first_to_requeue(settings: Config) -> bool:

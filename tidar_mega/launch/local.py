@@ -79,6 +79,8 @@ def run_local(arguments: list[str], processes: int, gpus: int) -> int:
             preexec_fn=functools.partial(end_with, os.getpid()),
         )
         ranks.append(started)
+        for number in received:  # before it was there to be sent to
+            started.send_signal(number)
     return _wait(ranks)
 
 

@@ -14,12 +14,13 @@ import re
 import socket
 from pathlib import Path
 
-from tidar_mega.config import Config, UserError
+from tidar_mega.config import Config, LostError, UserError
 from tidar_mega.launch import slurm
 from tidar_mega.launch.slurm import say
 
 _MARKER = "finished.json"
 GAVE_UP = 3  # exit code: the run is not finished, and its job is not started again
+_START = "=== start"  # begins the line in a log behind which a later start of its job writes
 
 
 def finished(config: Config) -> int | None:
@@ -31,8 +32,9 @@ def finished(config: Config) -> int | None:
 
 
 def begin(config: Config) -> None:
-    """On rank 0 before training: a run that goes on behind an earlier end is not finished."""
-    (Path(config.run_dir) / _MARKER).unlink(missing_ok=True)
+    """As a job is submitted and before training: a run that goes on behind an earlier end is not finished."""
+    if finished(config) is None:
+        (Path(config.run_dir) / _MARKER).unlink(missing_ok=True)
 
 
 def conclude(config: Config, step: int) -> int:
@@ -66,6 +68,9 @@ def after_crash(config: Config, code: int) -> int:
     if code:
         say(f"srun ended with code {code}; {first_failure(logs)}")
         code = _read(_exit_note(config)).get("code", code)
+        if finished(config) is not None:
+            say("the run is finished all the same")
+            return 0
     if code in (0, GAVE_UP):
         return code
     if code == UserError.exit_code:
@@ -74,19 +79,30 @@ def after_crash(config: Config, code: int) -> int:
     return _requeue(config) or code
 
 
-def ending() -> bool:
-    """Whether Slurm ends this job by itself: requeued or preempted by somebody else, cancelled, at its time limit."""
+def coming_back() -> bool | None:
+    """Whether Slurm starts this job again: True once anybody has requeued it or a preemption or a lost node has, False
+    once it is cancelled or at its time limit, None while that is open or nobody answers."""
     job = slurm.own_job()
     try:
-        return job is not None and slurm.show(job).get("JobState") != "RUNNING"
+        known = slurm.show(job) if job else {}
     except UserError:  # nobody to ask
-        return False
+        return None
+    if slurm.is_requeued(known):
+        return True
+    return False if known.get("JobState") in ("COMPLETING", "CANCELLED", "TIMEOUT", "DEADLINE") else None
+
+
+def mark_start(log: Path) -> None:
+    """Before a start of a job writes into `log`: what stands there is of earlier ones."""
+    with log.open("a") as file:
+        file.write(f"\n{_START} {slurm.restart_count()}\n")
 
 
 def first_failure(logs: Path) -> str:
-    """Which of the logs of all ranks says what went wrong first."""
+    """Which of the logs of all ranks says what went wrong first in the newest start."""
     paths = sorted(logs.glob("rank_*.log"), key=lambda path: int(re.sub(r"\D", "", path.stem) or 0))
-    last = {path: "\n".join(path.read_text(errors="replace").splitlines()[-200:]) for path in paths}
+    newest = {path: path.read_text(errors="replace").rpartition(f"\n{_START} ")[2] for path in paths}
+    last = {path: "\n".join(text.splitlines()[-200:]) for path, text in newest.items()}
     blamed = [rank for text in last.values() for rank in re.findall(r"ended because rank (\d+) had failed", text)]
     own = [p for p, text in last.items() if re.search(r"^(\[rank \d+\] )?(error:|failed at)", text, re.M)]
     own = [p for p in own if p.stem == f"rank_{blamed[-1]}"] + own if blamed else own
@@ -97,7 +113,8 @@ def first_failure(logs: Path) -> str:
 
 
 def _requeue(config: Config) -> int:
-    """0 if this job goes back into the queue, else GAVE_UP and a line that says why."""
+    """0 if this job goes back into the queue, else a line that says why, and GAVE_UP, or where the controller does not
+    answer the code of LostError: then another process may try again."""
     job = slurm.own_job()
     try:
         refusal = _refusal(config, job)
@@ -108,6 +125,9 @@ def _requeue(config: Config) -> int:
                 + (f", without {', '.join(bad)}" if bad else "")
             )
             slurm.requeue(job, bad)
+    except LostError as error:
+        say(f"error: job {job} is not requeued: {error}")
+        return error.exit_code
     except UserError as error:
         refusal = str(error)
     if refusal:

@@ -9,21 +9,22 @@ import subprocess
 import sys
 import time
 
-from tidar_mega.config import ConfigError, UserError
+from tidar_mega.config import ConfigError, LostError, UserError
 
 # Below the ports that Linux gives to outgoing connections (32768 and above), so that none of these holds it by chance.
 _FIRST_PORT, _PORTS = 10000, 10000
 _AWAY = "Unable to contact slurm controller|Socket timed out|Connection refused"
-_AWAY_SECONDS = 60.0  # for the controller to come back
+_AWAY_SECONDS = 180.0  # for the controller to come back, or for its backup, which waits for SlurmctldTimeout (120 s)
+_ANSWER_SECONDS = 120.0  # for one of Slurm's commands
 
 
 def take_place() -> bool:
     """True in a process that a launcher has given a rank; in a task of `srun` it takes that from Slurm's variables.
 
-    Sets RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT there. A process with RANK is one
-    of torchrun or of `run_local`. Raises ConfigError.
+    Sets RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT there. Raises ConfigError.
     """
-    if "RANK" in os.environ:
+    # torchrun and `run_local` set both; in tasks of srun, enroot's hook for PyTorch sets RANK, but not all the rest
+    if "LOCAL_WORLD_SIZE" in os.environ or ("RANK" in os.environ and "SLURM_PROCID" not in os.environ):
         return True
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS") or 1)
     if "SLURM_PROCID" not in os.environ or tasks == 1:
@@ -95,8 +96,8 @@ def restart_count() -> int:
 
 
 def show(job: str) -> dict[str, str]:
-    """What the controller knows of a job; empty if it has forgotten it. Raises UserError without Slurm, or if the
-    controller does not answer."""
+    """What the controller knows of a job; empty if it has forgotten it. Raises UserError without Slurm, LostError if
+    the controller does not answer."""
     found = ask(["scontrol", "show", "job", "--oneliner", job], check=False)
     return dict(word.split("=", 1) for word in found.split() if "=" in word)
 
@@ -104,21 +105,34 @@ def show(job: str) -> dict[str, str]:
 def requeue(job: str, exclude: list[str]) -> None:
     """Ends a running job and puts it back into the queue, never again to run on the nodes `exclude`.
 
-    Raises UserError if Slurm refuses.
+    Raises UserError if Slurm refuses, LostError if the controller does not answer.
     """
     excluded = show(job).get("ExcNodeList", "(null)")
     # Slurm ends this process too, but takes the list of a waiting job only; what is started from here ignores it, too
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    ask(["scontrol", "requeue", job])
+    try:
+        ask(["scontrol", "requeue", job])
+    except LostError:
+        raise
+    except UserError:
+        if not is_requeued(show(job)):
+            raise  # else a first try was heard, and only its answer was lost
     if exclude:
         nodes = ",".join([*([] if excluded == "(null)" else [excluded]), *exclude])
         ask(["scontrol", "update", f"JobId={job}", f"ExcNodeList={nodes}"])
 
 
+def is_requeued(known: dict[str, str]) -> bool:
+    """Whether this process's job, of which the controller knows `known`, starts again: Slurm counts a restart as soon
+    as it requeues a job, and none when it cancels one or ends it at its time limit."""
+    return int(known.get("Restarts", 0)) > restart_count()
+
+
 def ask(command: list[str], check: bool = True) -> str:
-    """What one of Slurm's commands prints. Raises UserError if it is not there, if the controller is away for longer
-    than a restart of it takes or, with `check`, if the command fails."""
-    deadline = time.monotonic() + _AWAY_SECONDS
+    """What one of Slurm's commands prints. Raises LostError if the controller is away for longer than its restart or
+    the change to its backup takes, UserError if the command is not there or, with `check`, if it fails."""
+    # a second sbatch could be a second job, and its user is there to try again
+    deadline = time.monotonic() + (0 if command[0] == "sbatch" else _AWAY_SECONDS)
     while True:
         done = _run(command)
         said = done.stderr.strip() or done.stdout.strip()
@@ -126,21 +140,24 @@ def ask(command: list[str], check: bool = True) -> str:
         if not is_away or time.monotonic() > deadline:
             break
         time.sleep(_AWAY_SECONDS / 20)
-    if is_away or (check and done.returncode):
+    if is_away:
+        raise LostError(f"`{' '.join(command)}` got no answer of Slurm's controller: {said}")
+    if check and done.returncode:
         raise UserError(f"`{' '.join(command)}` was refused by Slurm: {said}")
     return done.stdout
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_SECONDS)
     except FileNotFoundError:
         raise UserError(
             f"{command[0]} is not on PATH: no Slurm here; log in to a node of the cluster (and in a container, mount "
             "Slurm's commands), or start the run on this machine with `tidar pretrain`"
         ) from None
     except subprocess.TimeoutExpired:
-        raise UserError(f"{command[0]} did not answer within 120 s: look at `scontrol ping`, and try again") from None
+        said = f"Socket timed out: nothing within {_ANSWER_SECONDS:g} s, look at `scontrol ping`"
+        return subprocess.CompletedProcess(command, 1, "", said)
 
 
 def say(text: str) -> None:

@@ -19,7 +19,7 @@ from tidar_mega import device
 from tidar_mega.config import Config, LostError, UserError
 from tidar_mega.parallel.failures import of_communication
 from tidar_mega.train.health import anywhere
-from tidar_mega.train.roll_call import GRACE_SECONDS, PERIOD_SECONDS, Note, RollCall, Survey, say
+from tidar_mega.train.roll_call import GRACE_SECONDS, Note, RollCall, Survey, say
 
 
 def join(config: Config, local_rank: int) -> None:
@@ -88,7 +88,7 @@ def _end(roll_call: RollCall, error: BaseException, timeout_minutes: float, note
         code = _tell(roll_call, error, timeout_minutes)
         note_exit(code)
         if roll_call.rank == 0 and roll_call.world_size > 1:
-            time.sleep(2 * PERIOD_SECONDS)  # the store may end with this process: the others must have read the note
+            time.sleep(GRACE_SECONDS)  # the store may end with this process: the others must have read the note
     except Exception:
         traceback.print_exc()
     finally:

@@ -26,6 +26,12 @@ class StopRequest:
     def _remember(self, number: int, _frame) -> None:
         self.signal = self.signal or number
 
+    def ignore(self) -> None:
+        """From now on, as this process ends by itself: Python's end gives signals back the power to kill it, and Slurm
+        sends one to all ranks once one of them has requeued the job."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
     def agreed(self) -> str | None:
         """Collective. The name of the signal that any rank has received, or None."""
         number = _highest(self.signal or 0)

@@ -31,14 +31,17 @@ class TrainingError(UserError):
     """A run that must not go on, such as gradients that stay non-finite."""
 
 
-def train(config: Config, mesh: Mesh, stop: StopRequest, roll_call: RollCall | None = None) -> Progress:
-    """Runs, or resumes, until train.steps are done or a stop is requested; returns how far it came.
+def train(
+    config: Config, mesh: Mesh, stop: StopRequest, roll_call: RollCall | None = None, lock_seconds: float = 0.0
+) -> Progress:
+    """Runs, or resumes, until train.steps are done or a stop is requested; returns how far it came. Waits up to
+    `lock_seconds` for another process to leave the run folder.
 
     Raises ConfigError, DataError, CheckpointError or TrainingError.
     """
     if roll_call is not None:
         roll_call.at(0, "building the model")
-    run = Run.start(config, mesh, roll_call)
+    run = Run.start(config, mesh, roll_call, lock_seconds)
     log, progress = run.log, run.state.progress
     if progress.step >= config.train.steps and anywhere(log.has_validation(progress.step)):
         log.say(f"already done: {progress.step} steps; raise train.steps to go on")
@@ -88,10 +91,10 @@ class Run:
             self.roll_call.at(self.state.progress.step, doing)
 
     @classmethod
-    def start(cls, config: Config, mesh: Mesh, roll_call: RollCall | None = None) -> Run:
+    def start(cls, config: Config, mesh: Mesh, roll_call: RollCall | None = None, lock_seconds: float = 0.0) -> Run:
         """Opens the data, builds the model and, if the run folder has a checkpoint, goes on from it; else begins from
         `train.init_from` or from random weights."""
-        lock = mesh.on_main(lambda: lock_folder(Path(config.run_dir)))
+        lock = mesh.on_main(lambda: lock_folder(Path(config.run_dir), lock_seconds))
         stream, held_out = (
             open_stream(config.data.path, split, config.data.seq_length, config.train.seed)
             for split in ("train", "validation")

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tidar_mega.config import Config, UserError, to_yaml
+from tidar_mega.config.errors import storage_error
 from tidar_mega.rows import Rows
 from tidar_mega.train.board import Board, mask_picture
 
@@ -116,10 +117,9 @@ def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"run_dir = {folder}: the metrics could not be written ({error.strerror or error}); checkpoints are whole; "
-            "free space or change run_dir, then run the same command to resume"
-        ) from error
+        what = f"the metrics could not be written ({error.strerror or error}); checkpoints are whole"
+        mend = "free space or change run_dir, then run the same command to resume"
+        raise storage_error(error, UserError, f"run_dir = {folder}: {what}", mend) from error
 
 
 def _drop_after(path: Path, step: int) -> None:

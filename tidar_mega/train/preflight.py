@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from tidar_mega import device
 from tidar_mega.config import Config, LostError, UserError, to_tree
+from tidar_mega.data.shards import INDEX
 
 _SKEW_SECONDS = 30.0  # beyond it, logs of several nodes cannot be read together
 _LOW_DISK_GIB = 5.0
@@ -47,6 +48,7 @@ class Facts:
     gpus: str  # how many, of which kind
     versions: str
     config: str  # hash of all settings
+    data: str  # the size of the corpus's index
     clock: float  # seconds, all read within a moment
     free_gib: float  # on the disk of the run folder
     cannot_write: str  # there, and why; empty if it can
@@ -54,6 +56,21 @@ class Facts:
     computes: bool  # a matrix product came out right
     exchanges: bool  # and a sum over all ranks
     products_per_second: float
+
+
+def check_gpu(local_rank: int, note_bad_nodes: Callable[[list[str]], None]) -> None:
+    """Before joining: whether this node shows the GPU that Slurm has given to this rank. Raises NodeError.
+
+    A build of torch without CUDA trains on CPUs, whatever a node has.
+    """
+    found = torch.cuda.device_count()
+    if torch.version.cuda and int(os.environ.get("SLURM_GPUS_ON_NODE") or 0) and local_rank >= found:
+        host = _host()
+        note_bad_nodes([host])
+        raise NodeError(
+            f"preflight: {host}: process {local_rank} of this node has no GPU ({found} can be used); see nvidia-smi",
+            [host],
+        )
 
 
 def check(config: Config, note_bad_nodes: Callable[[list[str]], None]) -> str:
@@ -84,10 +101,13 @@ def verdict(everybody: list[Facts], run_dir: str) -> None:
     hosts = {facts.host for facts in everybody}
     apart = sorted({f.host for f in everybody if not f.shares_folder and not f.cannot_write})
     if apart and not everybody[0].cannot_write:  # else there was nothing to be seen
-        raise UserError(
+        said = (
             f"run_dir = {run_dir}: what rank 0 writes there is not seen on {', '.join(apart)}; it must be on a file "
             "system that all nodes share"
         )
+        if 2 * len(apart) < len(hosts) - 1:  # of the hosts other than rank 0's: these lack what most others have
+            raise NodeError(said, apart)
+        raise UserError(said)
     if odd := _odd(everybody, "config"):
         raise UserError(f"the settings on {', '.join(odd)} are not those of the other nodes; share the config file")
     refused = {f.host: f.cannot_write for f in everybody if f.cannot_write}
@@ -101,7 +121,8 @@ def verdict(everybody: list[Facts], run_dir: str) -> None:
     wrong = wrong or astray
     other = {host: f"GPUs: {found}" for host, found in _odd(everybody, "gpus").items()}
     newer = {host: f"versions: {found}" for host, found in _odd(everybody, "versions").items()}
-    bad = {**newer, **other, **wrong, **refused}
+    text = {host: f"data.path: {found}" for host, found in _odd(everybody, "data").items()}
+    bad = {**newer, **text, **other, **wrong, **refused}
     if bad and set(refused) == hosts:
         raise UserError(f"run_dir = {run_dir}: cannot be written on any node ({next(iter(refused.values()))})")
     if bad:
@@ -143,10 +164,11 @@ def _facts(config: Config, shared: bool, right: bool, clock: float) -> Facts:
     free, refused = _disk(Path(config.run_dir))
     settings = json.dumps(to_tree(config), sort_keys=True, default=str)
     return Facts(
-        host=os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+        host=_host(),
         gpus=f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if device.has_cuda() else "no GPU",
         versions=_versions(),
         config=hashlib.sha256(settings.encode()).hexdigest(),
+        data=_size(Path(config.data.path) / INDEX),
         clock=clock,
         free_gib=free,
         cannot_write=refused,
@@ -155,6 +177,17 @@ def _facts(config: Config, shared: bool, right: bool, clock: float) -> Facts:
         exchanges=right,
         products_per_second=speed,
     )
+
+
+def _host() -> str:
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def _size(file: Path) -> str:
+    try:
+        return f"{file.stat().st_size} bytes in {file}"
+    except OSError as error:
+        return f"no {file} ({error.strerror})"
 
 
 def _versions() -> str:
@@ -212,11 +245,11 @@ def _disk(folder: Path) -> tuple[float, str]:
 def _exchange(numbers: int) -> tuple[bool, float]:
     """Collective. Whether a sum over all ranks is right, and at how many bytes per second one rank exchanges."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    small = torch.arange(numbers, device=device.device()) % 64  # float32 could not count so far
-    expected = (small * ranks + ranks * (ranks - 1) // 2).float()
+    small = torch.arange(numbers, device=device.device()) % 64  # float32 could not count so far, nor add so many ranks
+    expected = (small * ranks + sum(r % 64 for r in range(ranks))).float()
     seconds, right = [], True
     for _ in range(3):
-        values = (small + rank).float()
+        values = (small + rank % 64).float()
         seconds.append(device.seconds(functools.partial(dist.all_reduce, values)))
         total = values.sum(dtype=torch.float64).item()
         right = right and torch.equal(values, expected) and total == expected.sum(dtype=torch.float64).item()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import os
+import socket
+import time
 from pathlib import Path
 from typing import TextIO
 
@@ -11,7 +15,7 @@ from tidar_mega.checkpoint import store
 from tidar_mega.checkpoint.base import SHAPE, Base
 from tidar_mega.checkpoint.state import TrainState
 from tidar_mega.checkpoint.store import CheckpointError
-from tidar_mega.config import Config, UserError
+from tidar_mega.config import Config, LostError, UserError
 from tidar_mega.data.stream import Stream
 from tidar_mega.train import optim
 
@@ -26,21 +30,39 @@ _FIXED = {
 }
 
 
-def lock_folder(folder: Path) -> TextIO:
-    """Held until this process ends: two runs in one folder would delete each other's checkpoints. Raises UserError."""
+def lock_folder(folder: Path, patience_seconds: float = 0.0) -> TextIO:
+    """Held until this process ends: two runs in one folder would delete each other's checkpoints.
+
+    A job that has lost a node may start again while a rank of its own still lives there: it waits for that. Raises
+    UserError, or after a wait in vain LostError.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
+        lock = (folder / ".lock").open("a+")
     except OSError as error:
         raise UserError(
             f"run_dir = {folder}: cannot be written ({error.strerror}); set it to a folder that can"
         ) from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"run_dir = {folder}: another run is using it; wait for it, end it, or set another") from None
-    except OSError as error:  # such as Lustre without -o flock
-        print(f"run_dir = {folder}: no locks there ({error.strerror}); see that no second run uses it", flush=True)
+    deadline = time.monotonic() + patience_seconds
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() < deadline:
+                time.sleep(1.0)
+                continue
+            lock.seek(0)
+            used = f"run_dir = {folder}: another run is using it ({lock.read().strip() or 'it does not say which'})"
+            if patience_seconds:
+                raise LostError(f"{used}, still after {patience_seconds:.0f} s; end that process") from None
+            raise UserError(f"{used}; wait for it, end it, or set another") from None
+        except OSError as error:  # such as Lustre without -o flock
+            print(f"run_dir = {folder}: no locks there ({error.strerror}); see that no second run uses it", flush=True)
+            return lock
+    with contextlib.suppress(OSError):  # a full disk is told of where it matters
+        lock.truncate(0)
+        os.write(lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
     return lock
 
 

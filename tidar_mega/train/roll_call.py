@@ -172,7 +172,7 @@ class RollCall:
                 faulthandler.dump_traceback_later(self._hang_seconds, file=sys.__stderr__)
             if self._stopped.wait(PERIOD_SECONDS):
                 return
-            if self._is_stuck(SURVEY_SECONDS + GRACE_SECONDS):  # for the other thread, which has the store to ask
+            if self._is_stuck(SURVEY_SECONDS + 2 * GRACE_SECONDS):  # for the other thread, which has the store to ask
                 self._blame(None)
             self._end_after_note()
 
