@@ -75,9 +75,11 @@ class Harmed:
     def rank(self, number: int) -> psutil.Process:
         return rank_process(self.run, number)
 
-    def end(self, minutes: int, state: str = "COMPLETED") -> str:
+    def end(self, minutes: int, state: str = "COMPLETED", restarts: int = 1) -> str:
         """All that was said; the job must be over, in that state, within so many minutes from now."""
-        return end(self.work, self.job, state, 60 * minutes)
+        said = end(self.work, self.job, state, 60 * minutes)
+        assert restarted(self.job) == restarts, said
+        return said
 
     def resumed_at(self, said: str) -> int:
         return int(re.findall(rf"resumed from {self.run}/checkpoints/step_\d+, step (\d+)", said)[-1])
@@ -85,6 +87,13 @@ class Harmed:
 
 def killed(process: psutil.Process) -> None:
     process.send_signal(signal.SIGKILL)
+
+
+def gone(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def write_down(fault: str, outcome: str, restarts: int, lost: str, minutes: int) -> None:
@@ -97,7 +106,7 @@ def test_a_killed_rank(work, unharmed):
     before = max(metrics(work, "rank_killed"))
     said = harmed.end(8)
     assert "task 1: Killed" in said and f"job {harmed.job} is requeued, restart 1" in said
-    assert harmed.resumed_at(said) >= before - 1 - INTERVAL and restarted(harmed.job) == 1
+    assert harmed.resumed_at(said) >= before - 1 - INTERVAL
     assert losses(work, "rank_killed") == unharmed
     lost = "since the newest checkpoint"
     write_down("SIGKILL of a rank", "the other ranks end, the job is requeued and finishes", 1, lost, 8)
@@ -112,7 +121,7 @@ def test_a_rank_killed_while_a_checkpoint_is_written_beside_the_training(work, u
         unfinished = max((int(re.sub(r"\D", "", p.name)) for p in drafts.glob(".step_*.unfinished")), default=0)
     killed(harmed.rank(1))
     said = harmed.end(8)
-    assert harmed.resumed_at(said) >= unfinished - INTERVAL and restarted(harmed.job) == 1
+    assert harmed.resumed_at(said) >= unfinished - INTERVAL
     assert losses(work, "save_killed") == unharmed
     assert not list(drafts.glob(".step_*")), "what was half-written is gone"
     lost = "since the newest whole checkpoint"
@@ -124,14 +133,17 @@ def test_a_slurmd_killed(work, unharmed):
     harmed = Harmed(work, "node_lost")
     cluster, folder = ROOT / "tests" / "slurm" / "cluster.sh", Path(os.environ["TIDAR_SLURM_FOLDER"])
     orphan = harmed.rank(1)
+    step = orphan.parent()
+    assert step.name() == "slurmstepd"
     orphan.send_signal(signal.SIGRTMIN + 2)  # the run must go on for longer than SlurmdTimeout
     killed(psutil.Process(int((folder / "pid" / "slurmd.2").read_text())))
     before = max(metrics(work, "node_lost"))
     soon(lambda: restarted(harmed.job) == 1, 240)
-    soon(lambda: not orphan.is_running() or orphan.status() == psutil.STATUS_ZOMBIE, 60)
+    # A slurmd that finds a step of the first start revokes the job's credential, and so also ends the second start.
+    soon(lambda: gone(orphan) and gone(step), 120)
     subprocess.run([cluster, "node", "2"], check=True)
     said = harmed.end(8)
-    assert harmed.resumed_at(said) >= before - 1 - INTERVAL and restarted(harmed.job) == 1
+    assert harmed.resumed_at(said) >= before - 1 - INTERVAL
     assert losses(work, "node_lost") == unharmed
     outcome = "Slurm requeues the job once SlurmdTimeout is over; it starts on nodes that are there, and finishes"
     write_down("SIGKILL of a node's slurmd", outcome, 1, "since the newest checkpoint", 13)
@@ -146,7 +158,7 @@ def test_a_rank_that_hangs(work, unharmed):
     assert "rank 1 did not take part: stopped, dead or unreachable; rank 1 was last heard of at step" in said
     assert "[rank 0] the stacks of all threads" in said
     assert f"job {harmed.job} is requeued, restart 1" in said
-    assert harmed.resumed_at(said) >= before - 1 - INTERVAL and restarted(harmed.job) == 1
+    assert harmed.resumed_at(said) >= before - 1 - INTERVAL
     assert losses(work, "hangs") == unharmed
     outcome = "after `health.hang_minutes` the rank is named, all stacks are shown; requeued, finishes"
     write_down("SIGSTOP of a rank", outcome, 1, "since the newest checkpoint", 8)
@@ -181,7 +193,7 @@ def test_a_full_disk(work, unharmed):
 def test_a_gradient_that_is_nan_on_one_rank_in_one_step(work):
     harmed = Harmed(work, "nan_once")
     harmed.rank(1).send_signal(signal.SIGRTMIN)
-    said = harmed.end(5)
+    said = harmed.end(5, restarts=0)
     assert len(re.findall(r"step \d+: gradient norm is nan; step skipped", said)) == 1
     last = metrics(work, "nan_once")[30]
     assert last["skipped_steps"] == 1 and last["loss"] < metrics(work, "nan_once")[1]["loss"]
@@ -191,8 +203,8 @@ def test_a_gradient_that_is_nan_on_one_rank_in_one_step(work):
 def test_a_gradient_that_stays_nan_on_one_rank(work):
     harmed = Harmed(work, "nan_always")
     harmed.rank(1).send_signal(signal.SIGRTMIN + 1)
-    said = harmed.end(5, "FAILED")
-    assert "the gradient was not finite in 3 steps in a row (train.nan_limit)" in said and restarted(harmed.job) == 0
+    said = harmed.end(5, "FAILED", restarts=0)
+    assert "the gradient was not finite in 3 steps in a row (train.nan_limit)" in said
     newest = max(int(p.name[5:]) for p in (work / "nan_always" / "checkpoints").glob("step_*"))
     meta = json.loads((work / "nan_always" / "checkpoints" / f"step_{newest:08d}" / "meta.json").read_text())
     assert meta["step"] == newest
