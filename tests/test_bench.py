@@ -60,7 +60,7 @@ def test_the_peer_computes_the_same_loss():
 
 
 def both_losses(rank: int) -> tuple[float, float]:
-    from tests.test_training_step import MASK, VOCAB, Text, settings
+    from tests.steps import MASK, VOCAB, Text, settings
     from tidar_mega import methods
     from tidar_mega.bench.plain import PlainModel
     from tidar_mega.model import gpt

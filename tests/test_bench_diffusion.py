@@ -11,10 +11,10 @@ import torch
 
 from tests import processes
 from tests.plain_tidar import PlainTidar
+from tests.steps import VOCAB
+from tests.steps import settings as model_settings
 from tests.test_decode_commands import here
 from tests.test_main_job import CONFIG, make_corpus, tidar
-from tests.test_training_step import VOCAB
-from tests.test_training_step import settings as model_settings
 from tidar_mega import config as config_module
 from tidar_mega.bench.diffusion import SPECULATIVE, STANDARD, ratios
 from tidar_mega.evaluation.samples import entropy, spelling_accuracy, words

@@ -26,7 +26,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
 from tests import processes
-from tests.test_training_step import MASK, SEQUENCES, VOCAB, Text, settings
+from tests.steps import MASK, SEQUENCES, VOCAB, Text, settings
 from tidar_mega import config as config_module
 from tidar_mega.checkpoint import store, writing
 from tidar_mega.checkpoint.store import CheckpointError, CheckpointStore

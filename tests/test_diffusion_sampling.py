@@ -12,8 +12,8 @@ import torch
 
 from tests import processes
 from tests.plain_ssmd import PlainSsmd
+from tests.steps import MASK, VOCAB
 from tests.test_ssmd import settings
-from tests.test_training_step import MASK, VOCAB
 from tidar_mega import config as config_module
 from tidar_mega.decode.diffusion import PAPER_WINDOWS, Window, acceptance, draw, sample, verify_window
 

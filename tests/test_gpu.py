@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.steps import MASK, SEQUENCES, VOCAB, Text, settings
 from tests.test_main_job import CONFIG, losses, make_corpus, metrics, tidar
-from tests.test_training_step import MASK, SEQUENCES, VOCAB, Text, settings
 from tidar_mega import config as config_module
 from tidar_mega.config import Config
 

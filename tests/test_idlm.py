@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from tests import processes
 from tests.plain_tidar import PlainTidar
 from tests.plain_tidar import mask as tidar_mask
+from tests.steps import IN_TWO, LENGTH, MASK, SEQUENCES, assert_gradients, assert_same_step, one_steps, settings
+from tests.steps import text as documents
 from tests.test_decode import Bytes, prompts, text, tiny_config, world  # noqa: F401
 from tests.test_decode import clean_rows as rows_of_text
 from tests.test_left_to_right import ALL
 from tests.test_methods import packed
-from tests.test_training_step import LENGTH, MASK, SEQUENCES, full_gradient, one_step, settings
-from tests.test_training_step import text as documents
 from tidar_mega import config as config_module
 from tidar_mega import methods, plan
 from tidar_mega.config import ConfigError, ParallelConfig, UserError
@@ -136,19 +136,6 @@ VARIANTS = {
     "balanced": {"balance_clean": True, **ALL},
     "subset": {"draft_fraction": 0.5, "random_offset": True, "balance_clean": True},
 }
-LAYOUTS = {
-    "data 2": {"data": 2},
-    "tensor 2": {"tensor": 2},
-    "tensor 2, sequence": {"tensor": 2, "sequence": True},
-    "context 2": {"context": 2},
-    "pipeline 2": {"pipeline": 2},
-    "overlapped, data 2": {"data": 2, "overlap_grad_reduce": True, "overlap_param_gather": True},
-}
-
-
-def steps(rank: int, configs: dict) -> dict:
-    """One world for many: starting one takes longer than a step."""
-    return {name: one_step(rank, config) for name, config in configs.items()}
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +143,7 @@ def alone() -> dict:
     """Steps of one process: of every loss with both backends, and of what the layouts divide."""
     backends = [(name, backend) for name in LOSSES for backend in ("dense", "tiles")]
     configs = {(name, backend): idlm(LOSSES[name], model={"attention": backend}) for name, backend in backends}
-    return processes.run(steps, 1, configs | {variant: divided(variant) for variant in VARIANTS})[0]
+    return processes.run(one_steps, 1, configs | {variant: divided(variant) for variant in VARIANTS})[0]
 
 
 def divided(variant: str, **parallel) -> config_module.Config:
@@ -166,10 +153,8 @@ def divided(variant: str, **parallel) -> config_module.Config:
 @pytest.fixture(scope="module")
 def in_layouts() -> list[dict]:
     """The same steps of two processes, by rank."""
-    pairs = [(layout, variant) for layout in LAYOUTS for variant in VARIANTS]
-    return processes.run(
-        steps, 2, {(layout, variant): divided(variant, **LAYOUTS[layout]) for layout, variant in pairs}
-    )
+    pairs = [(layout, variant) for layout in IN_TWO for variant in VARIANTS]
+    return processes.run(one_steps, 2, {(layout, v): divided(v, **IN_TWO[layout]) for layout, v in pairs})
 
 
 @pytest.mark.distributed
@@ -180,25 +165,15 @@ def test_a_step_equals_the_plain_model(losses, backend, alone):
     weights = {n: w.double().requires_grad_() for n, w in got["weights"].items()}
     loss = plain_loss(weights, config)
     assert got["figures"]["loss"] == pytest.approx(loss.item(), rel=2e-6)
-    gradients = torch.autograd.grad(loss, list(weights.values()))
-    for name, expected in zip(weights, gradients, strict=True):
-        error = (got["gradients"][name] - expected).abs().max() / expected.abs().max()
-        assert error < 2e-5, f"{name}: {error}"
+    assert_gradients(got["gradients"], loss, weights)
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", IN_TWO)
 def test_every_layout_equals_one_process(layout, variant, alone, in_layouts):
     results, expected = [result[layout, variant] for result in in_layouts], alone[variant]
-    for got in results:
-        for name, value in expected["figures"].items():
-            assert got["figures"][name] == pytest.approx(value, rel=5e-6), name
-        assert got["norm"] == pytest.approx(expected["norm"], rel=2e-5)
-    if LAYOUTS[layout].get("tensor"):  # else each rank holds a part of the sum, or of the layers
-        for name, gradient in expected["gradients"].items():
-            joined = full_gradient(name, [r["gradients"][name] for r in results])
-            assert (joined - gradient).abs().max() / gradient.abs().max() < 2e-5, name
+    assert_same_step(results, expected, IN_TWO[layout])
 
 
 def test_a_balanced_loss_needs_the_method_that_has_it():

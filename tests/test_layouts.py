@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 from tests import processes
+from tests.steps import full_gradient
 from tests.test_main_job import tidar
-from tests.test_training_step import full_gradient
 from tidar_mega import config as config_module
 
 pytestmark = pytest.mark.distributed

@@ -11,7 +11,18 @@ from hypothesis import strategies as st
 
 from tests import processes
 from tests.plain_tidar import PlainTidar
-from tests.test_training_step import MASK, SEQUENCES, clean_rows, one_step, settings, text
+from tests.steps import (
+    IN_TWO,
+    MASK,
+    SEQUENCES,
+    assert_gradients,
+    assert_same_step,
+    clean_rows,
+    one_step,
+    one_steps,
+    settings,
+    text,
+)
 from tidar_mega import config as config_module
 from tidar_mega.config import ConfigError
 from tidar_mega.losses import DraftTerms, cross_entropy, of_drafts
@@ -87,24 +98,18 @@ def test_a_step_equals_the_plain_model(kept):
         if name.endswith("_weight"):
             term = name.removesuffix("_weight")
             assert got["figures"][f"loss_{term}"] == pytest.approx(float(terms[term]), rel=1e-5)
-    gradients = torch.autograd.grad(loss, list(weights.values()))
-    for name, expected in zip(weights, gradients, strict=True):
-        error = (got["gradients"][name] - expected).abs().max() / expected.abs().max()
-        assert error < 2e-5, f"{name}: {error}"
-
-
-LAYOUTS = {
-    "data 2": (2, {"data": 2}),
-    "tensor 2": (2, {"tensor": 2}),
-    "tensor 2, sequence": (2, {"tensor": 2, "sequence": True}),
-    "context 2": (2, {"context": 2}),
-    "pipeline 2": (2, {"pipeline": 2}),
-}
+    assert_gradients(got["gradients"], loss, weights)
 
 
 @pytest.fixture(scope="module")
 def alone() -> dict:
-    return {offset: processes.run(one_step_without_weights, 1, divided(offset))[0] for offset in (False, True)}
+    return processes.run(one_steps, 1, {offset: divided(offset) for offset in (False, True)})[0]
+
+
+@pytest.fixture(scope="module")
+def in_layouts() -> list[dict]:
+    pairs = [(layout, offset) for layout in IN_TWO for offset in (False, True)]
+    return processes.run(one_steps, 2, {(layout, o): divided(o, **IN_TWO[layout]) for layout, o in pairs})
 
 
 def divided(offset: bool, **parallel) -> config_module.Config:
@@ -112,20 +117,11 @@ def divided(offset: bool, **parallel) -> config_module.Config:
     return settings(train=train, parallel=parallel)
 
 
-def one_step_without_weights(rank: int, config: config_module.Config) -> dict:
-    found = one_step(rank, config)
-    return {"figures": found["figures"], "norm": found["norm"]}
-
-
 @pytest.mark.distributed
 @pytest.mark.parametrize("offset", [False, True])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_equals_one_process(layout, offset, alone):
-    count, parallel = LAYOUTS[layout]
-    for got in processes.run(one_step_without_weights, count, divided(offset, **parallel)):
-        for name, value in alone[offset]["figures"].items():
-            assert got["figures"][name] == pytest.approx(value, rel=5e-6), name
-        assert got["norm"] == pytest.approx(alone[offset]["norm"], rel=2e-5)
+@pytest.mark.parametrize("layout", IN_TWO)
+def test_every_layout_equals_one_process(layout, offset, alone, in_layouts):
+    assert_same_step([result[layout, offset] for result in in_layouts], alone[offset], IN_TWO[layout])
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 1000])

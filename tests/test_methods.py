@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from tests import processes
 from tests.plain_tidar import mask as plain_mask
-from tests.test_training_step import MASK, VOCAB
-from tests.test_training_step import settings as model_settings
+from tests.steps import MASK, VOCAB
+from tests.steps import settings as model_settings
 from tidar_mega import config as config_module
 from tidar_mega import methods, plan
 from tidar_mega.data.pack import pack

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 
 from tests import processes
 from tests.plain_tidar import PlainTidar
+from tests.steps import IN_TWO, LENGTH, SEQUENCES, assert_gradients, assert_same_step, one_steps, settings
+from tests.steps import text as documents
 from tests.test_decode import Bytes, prompts, text, tiny_config, world  # noqa: F401
 from tests.test_decode import clean_rows as rows_of_text
 from tests.test_idlm import train
 from tests.test_methods import packed
-from tests.test_training_step import LENGTH, SEQUENCES, full_gradient, one_step, settings
-from tests.test_training_step import text as documents
 from tidar_mega import config as config_module
 from tidar_mega import methods
 from tidar_mega.config import ConfigError, ParallelConfig, UserError
@@ -154,35 +154,22 @@ VARIANTS = {
     "tied": {"model": {"tie_embeddings": True}},
     "selective": {"parallel": {"recompute": "selective"}},
 }
-LAYOUTS = {
-    "data 2": {"data": 2},
-    "tensor 2": {"tensor": 2},
-    "tensor 2, sequence": {"tensor": 2, "sequence": True},
-    "context 2": {"context": 2},
-    "pipeline 2": {"pipeline": 2},
-    "overlapped, data 2": {"data": 2, "overlap_grad_reduce": True, "overlap_param_gather": True},
-}
 
 
 def divided(tied: bool, **parallel) -> config_module.Config:
     return mtp({"micro_batch_size": 1}, {"tie_embeddings": tied}, parallel=parallel)
 
 
-def steps(rank: int, configs: dict) -> dict:
-    """One world for many: starting one takes longer than a step."""
-    return {name: one_step(rank, config) for name, config in configs.items()}
-
-
 @pytest.fixture(scope="module")
 def alone() -> dict:
     configs = {name: mtp(**variant) for name, variant in VARIANTS.items()}
-    return processes.run(steps, 1, configs | {tied: divided(tied) for tied in (True, False)})[0]
+    return processes.run(one_steps, 1, configs | {tied: divided(tied) for tied in (True, False)})[0]
 
 
 @pytest.fixture(scope="module")
 def in_layouts() -> list[dict]:
-    pairs = [(layout, tied) for layout in LAYOUTS for tied in (True, False)]
-    return processes.run(steps, 2, {(layout, tied): divided(tied, **LAYOUTS[layout]) for layout, tied in pairs})
+    pairs = [(layout, tied) for layout in IN_TWO for tied in (True, False)]
+    return processes.run(one_steps, 2, {(layout, tied): divided(tied, **IN_TWO[layout]) for layout, tied in pairs})
 
 
 @pytest.mark.distributed
@@ -193,26 +180,16 @@ def test_a_step_equals_the_plain_model(variant, alone):
     weights = {name: got["weights"][n].double().requires_grad_() for name, n in named.items()}
     loss = plain_loss(weights, mtp(**VARIANTS[variant]))
     assert got["figures"]["loss"] == pytest.approx(loss.item(), rel=2e-6)
-    gradients = torch.autograd.grad(loss, list(weights.values()))
-    for name, expected in zip(weights, gradients, strict=True):
-        error = (got["gradients"][named[name]] - expected).abs().max() / expected.abs().max()
-        assert error < 2e-5, f"{name}: {error}"
+    assert_gradients({name: got["gradients"][n] for name, n in named.items()}, loss, weights)
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", IN_TWO)
 def test_every_layout_equals_one_process(layout, tied, alone, in_layouts):
     results, expected = [result[layout, tied] for result in in_layouts], alone[tied]
-    for got in results:
-        for name, value in expected["figures"].items():
-            assert got["figures"][name] == pytest.approx(value, rel=5e-6), name
-        assert got["norm"] == pytest.approx(expected["norm"], rel=2e-5)
-    if LAYOUTS[layout].get("tensor"):  # else each rank holds a part of the sum, or of the layers
-        for name, gradient in expected["gradients"].items():
-            joined = full_gradient(name, [r["gradients"][name] for r in results])
-            assert (joined - gradient).abs().max() / gradient.abs().max() < 2e-5, name
-    if LAYOUTS[layout].get("pipeline"):  # the copy of the embedding follows the first stage's
+    assert_same_step(results, expected, IN_TWO[layout])
+    if IN_TWO[layout].get("pipeline"):  # the copy of the embedding follows the first stage's
         name = "embedding.word_embeddings.weight"
         assert torch.equal(results[0]["after"][name], results[1]["after"][name])
         assert (results[0]["after"][name] - expected["after"][name]).abs().max() < 1e-6

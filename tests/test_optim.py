@@ -10,7 +10,7 @@ import torch
 from megatron.core.optimizer import OptimizerConfig
 
 from tests import processes
-from tests.test_training_step import MASK, SEQUENCES, VOCAB, Text, plain_step, settings
+from tests.steps import MASK, SEQUENCES, VOCAB, Text, plain_step, settings
 
 STEPS = 20
 

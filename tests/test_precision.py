@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from tests import processes
-from tests.test_training_step import one_step, settings
+from tests.steps import one_step, settings
 from tidar_mega.config import ConfigError
 
 CPU = {"why_no_engine": "there is no CUDA GPU"}

@@ -142,12 +142,10 @@ def _pretrain(args) -> int:
         return _pretrain_worker(config)
     import torch
 
-    from tidar_mega import methods
     from tidar_mega.data.stream import open_stream
 
     gpus = torch.cuda.device_count()
     processes = launch.local_processes(config, gpus)
-    methods.check(config)
     for split in ("train", "validation"):  # bad data is one error here, before any process starts
         open_stream(config.data.path, split, config.data.seq_length, config.train.seed)
     return launch.run_local(["pretrain", str(args.config), *args.overrides], processes, gpus)
@@ -190,15 +188,8 @@ def _pretrain_worker(config: Config) -> int:
 def _add_launch(parser, _) -> None:
     from tidar_mega.launch import command
 
-    parser.set_defaults(verb=_launch)
+    parser.set_defaults(verb=command.run)
     command.add_arguments(parser)
-
-
-def _launch(args) -> int:
-    from tidar_mega import methods
-    from tidar_mega.launch import command
-
-    return command.run(args, methods.check)
 
 
 # generate

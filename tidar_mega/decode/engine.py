@@ -211,30 +211,33 @@ class Engine:
         """Rows that a request may write: the last forward starts before the end, and verifies a whole draft."""
         return len(request.prompt) + request.limit + (1 if request.mode == "ar" else self.block) - 1
 
-    def _drafting(self, request: Request) -> Drafting:
-        """How far a request drafts now."""
+    def _drafting(self, request: Request, length: int, limit: int) -> Drafting:
+        """How far a request drafts now; `length` and `limit` are the means of all that run."""
         if request.mode == "ar":
             return Drafting(1, drafter=self.drafter)
         if request.params.rule == "mixed":
             return Drafting.of(self.block, "all", self.drafter)
-        count = len(self.running)
-        length, limit = sum(r.length for r in self.running) // count, sum(r.limit for r in self.running) // count
-        return self.policy.drafting(count, not request.params.is_greedy, length, limit)
+        return self.policy.drafting(len(self.running), not request.params.is_greedy, length, limit)
 
     def _turns(self) -> list[tuple[Request, Work]]:
         """What each running request does next; joining ones share the prompt tokens of a forward in their order."""
-        budget, turns = self.prefill_chunk, []
+        budget, turns, count = self.prefill_chunk, [], len(self.running) or 1
+        means = sum(r.length for r in self.running) // count, sum(r.limit for r in self.running) // count
         for r in self.running:
             if r.prompt_left and not budget:
                 continue
-            plan, tokens, drawn = blocks.turn(r, self.block, budget) if r.mode == "blocks" else self._turn(r, budget)
+            if r.mode == "blocks":
+                plan, tokens, drawn = blocks.turn(r, self.block, budget)
+            else:
+                plan, tokens, drawn = self._turn(r, budget, self._drafting(r, *means))
             budget -= len(tokens) if r.prompt_left else 0
             following = r.prompt[r.length + len(tokens)] if r.prompt_left > len(tokens) else None
             turns.append((r, Work(plan, tokens, r.slots, r.length, r.params, r.proposal_SV, drawn, following)))
         return turns
 
-    def _turn(self, request: Request, budget: int) -> tuple[Plan, Sequence[int], Sequence[int | None]]:
-        drafting = self._drafting(request)
+    def _turn(
+        self, request: Request, budget: int, drafting: Drafting
+    ) -> tuple[Plan, Sequence[int], Sequence[int | None]]:
         if not request.prompt_left:
             return drafting.step(len(request.draft)), request.draft, ()
         tokens = request.prompt[request.length : request.length + budget]

@@ -13,6 +13,7 @@ import statistics
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -97,7 +98,7 @@ def draft_lengths(block: int) -> list[int]:
 def _interpolate(points: list[tuple[float, float]], x: float) -> float:
     if len(points) == 1:
         return points[0][1]
-    at = min(max(bisect_left([p[0] for p in points], x), 1), len(points) - 1)
+    at = min(max(bisect_left(points, x, key=itemgetter(0)), 1), len(points) - 1)
     (x0, y0), (x1, y1) = points[at - 1], points[at]
     slope = (y1 - y0) / (x1 - x0)
     return y1 + max(slope, 0.0) * (x - x1) if x > x1 else y0 + slope * (x - x0)  # noise must not fall below nothing

@@ -7,7 +7,6 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from tidar_mega import config as config_module
@@ -35,7 +34,7 @@ def add_arguments(parser) -> None:
     what.add_argument("--cancel", metavar="RUN", type=Path, help="end the job of a run folder, after a last save")
 
 
-def run(args, check_method: Callable[[Config], None]) -> int:
+def run(args) -> int:
     """Raises UserError."""
     if args.status or args.cancel:
         return _status(args.status) if args.status else _cancel(args.cancel)
@@ -44,7 +43,6 @@ def run(args, check_method: Callable[[Config], None]) -> int:
     config = config_module.load(args.config, args.overrides)
     names = ("nodes", "gpus", "tasks", "cpus", "time", "partition", "signal_seconds")
     r = Resources(**{name: getattr(args, name) for name in names})
-    check_method(config)
     check(config, r)
     words = [args.config, *args.overrides]
     if args.dry_run:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tidar_mega.config import Config, ConfigError
+from tidar_mega.config import Config
 from tidar_mega.losses import DraftTerms, RowLosses
 from tidar_mega.rows import Rows
 
@@ -71,19 +70,8 @@ class Method(Protocol):
         """Figures for logs from added-up `statistics`."""
 
 
-def names() -> list[str]:
-    return sorted(m.name for m in pkgutil.iter_modules(__path__))
-
-
-def check(config: Config) -> None:
-    """Raises ConfigError if there is no method of that name."""
-    if config.method not in names():
-        raise ConfigError(f"method = {config.method}: must be one of {', '.join(names())}")
-
-
 def load(config: Config, mask_id: int) -> Method:
-    """The method that `config.method` names. Raises ConfigError."""
-    check(config)
+    """The method that `config.method` names, which `config/checks.py` has found among the files of this folder."""
     return importlib.import_module(f"{__name__}.{config.method}").METHOD(config, mask_id)
 
 
