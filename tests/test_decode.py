@@ -30,7 +30,8 @@ from tidar_mega.parallel.mesh import build_mesh
 from tidar_mega.rows import Rows, concatenate
 
 TRAINING_STEPS = 420  # about 20 seconds; not a time, so that every run has the same model
-BLOCKS = (2, 4, 8)
+BLOCKS = (2, 4, 8)  # of training
+OTHER_BLOCKS = (3, 12)
 SETTINGS = {
     "greedy": SamplingParams(max_tokens=28),
     "t0.7": SamplingParams(max_tokens=28, temperature=0.7),
@@ -136,7 +137,7 @@ def seeds(params: SamplingParams, count: int) -> list[SamplingParams]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("block", [*BLOCKS, *OTHER_BLOCKS])
 def test_fused_output_is_ar_output(trained, prompts, references, text, block, setting):
     engine = Engine(InferenceModel(trained), Bytes(), block=block, capacity=128, batch=128 // block)
     fused = engine.generate(prompts, seeds(SETTINGS[setting], 208), mode="fused")
@@ -149,7 +150,8 @@ def test_fused_output_is_ar_output(trained, prompts, references, text, block, se
         f"\nB = {block}, {setting}: {mean:.2f} tokens per forward, distinct 4-grams "
         f"{distinct_share([g.tokens for g in fused], 4):.2f}, validation loss {validation_loss(trained, text):.2f}"
     )
-    assert min(accepted) == 1 and max(accepted) == block, "both rejected and wholly accepted drafts must occur"
+    longest = block if block in BLOCKS else 2
+    assert min(accepted) == 1 and max(accepted) >= longest, "both rejected and wholly accepted drafts must occur"
     assert all(g.tokens_per_forward == 1 for g in ar)
 
 
