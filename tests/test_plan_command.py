@@ -88,9 +88,9 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("argument", ERRORS)
-def test_bad_input_is_one_clear_error(argument, capsys):
-    run("--gpus=64", argument, code=2)
-    assert ERRORS[argument] in capsys.readouterr().err
+def test_bad_input_is_one_clear_error(argument, tmp_path, capsys):
+    run("--gpus=64", argument, f"--json={tmp_path}/plan.json", code=2)
+    assert ERRORS[argument] in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_fp8_needs_hardware_that_has_it():

@@ -47,10 +47,13 @@ def write_json(path: Path | None, figures: dict) -> None:
 
 
 def check_json(path: Path | None) -> None:
-    """Before the work, not after it."""
+    """Before the work, not after it. Leaves no file, as the work may end by an error."""
     try:
         if path not in (None, STDOUT):
             path.parent.mkdir(parents=True, exist_ok=True)
+            existed = path.exists()
             path.open("a").close()
+            if not existed:
+                path.unlink()
     except OSError as error:
         raise UserError(f"--json {path}: cannot be written ({error.strerror}); name a file that can") from None
