@@ -374,12 +374,12 @@ def test_a_run_that_is_launched_again_for_more_steps_is_not_finished(tmp_path, m
     (tmp_path / "run.yaml").write_text(CONFIG)
     for steps in (60, 61):
         asked = parser.parse_args(["--gpus=0", "run.yaml", *words, f"train.steps={steps}"])
-        assert command.run(asked, lambda config: None) == 0
-        command.run(parser.parse_args(["--status", str(tmp_path / "run")]), None)
+        assert command.run(asked) == 0
+        command.run(parser.parse_args(["--status", str(tmp_path / "run")]))
         assert ("\nfinished\n" in capsys.readouterr().out) == (steps == 60)
     fake(monkeypatch, tmp_path, "scontrol", 'echo "JobId=7 JobState=CANCELLED"')
     asked.follow = True
-    assert command.run(asked, lambda config: None) == 1
+    assert command.run(asked) == 1
 
 
 def test_a_run_that_was_not_launched_has_no_status(tmp_path):
