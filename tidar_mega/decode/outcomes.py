@@ -107,8 +107,7 @@ class Automatic:
             self.passed[slot] = MEMORY * self.passed[slot] + (slot < accepted)
 
     def drafting(self, requests: int, sampled: bool, length: int, limit: int) -> Drafting:
-        # one choice serves for about as many requests: where they end one by one, choosing is to cost little
-        key = (_rung(requests), sampled, length.bit_length(), limit.bit_length(), self.seen < TRIAL)
+        key = (requests, sampled, length.bit_length(), limit.bit_length(), self.seen < TRIAL)
         when, drafting = self.chosen.get(key, (0, None))
         if drafting is None or self.seen >= when + RECHOOSE * requests:
             block = self.most.block
@@ -137,12 +136,6 @@ class Automatic:
         share, weight = PRIOR
         pairs = zip(self.passed[1:], self.tested[1:], strict=True)
         return [(passed + share * weight) / (tested + weight) for passed, tested in pairs]
-
-
-def _rung(n: int) -> int:
-    """`n` or the next of 1, 2, 3, 4, 6, 8, 12, 16, 24, ..."""
-    power = 1 << (n - 1).bit_length()
-    return power * 3 // 4 if n <= power * 3 // 4 else power
 
 
 def outcome_probabilities(acceptance: Sequence[float]) -> list[float]:
