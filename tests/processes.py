@@ -1,4 +1,8 @@
-"""Runs a test function in several real gloo processes, as a cluster would, one thread each."""
+"""Runs a test function in several real gloo processes, as a cluster would, one thread each.
+
+They are forked from a server that has imported torch and megatron-core, and nothing else has happened in it: importing
+these takes some five seconds of each process, which is more than most steps of the tests.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,8 @@ def run(function, processes: int, *args, timeout_seconds: float = 1200) -> list:
     `function` must be importable (module level). The first failing rank's traceback is raised.
     """
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["tidar_mega.train.loop", "tidar_mega.model.gpt"])
         ranks = [
             context.Process(target=_rank, args=(function, rank, processes, folder, args)) for rank in range(processes)
         ]
