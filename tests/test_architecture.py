@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tidar_mega.config import METHODS
+
 PACKAGE = Path(__file__).parent.parent / "tidar_mega"
 
 # room -> rooms it may import; a room may always import itself
@@ -29,7 +31,7 @@ MAY_IMPORT = {
 MAY_IMPORT["arguments"] = {"config"}
 MAY_IMPORT["evaluation"] = MAY_IMPORT["decode"] | {"decode", "losses", "arguments"}
 MAY_IMPORT["bench"] = MAY_IMPORT["evaluation"] | MAY_IMPORT["train"] | {"evaluation", "train", "launch"}
-MAY_IMPORT["doctor"] = {"config", "data"}
+MAY_IMPORT["doctor"] = {"config", "data", "model"}
 MAY_IMPORT["cli"] = set(MAY_IMPORT) | {"bench", "doctor"}
 MAY_IMPORT["__init__"] = set()
 
@@ -97,3 +99,7 @@ def test_functions_are_short():
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 lines = node.end_lineno - node.lineno + 1
                 assert lines <= 100, f"{path}:{node.lineno} {node.name} has {lines} lines"
+
+
+def test_every_method_is_in_the_table_of_settings():
+    assert sorted(METHODS) == sorted(p.stem for p in (PACKAGE / "methods").glob("*.py") if p.stem != "__init__")

@@ -76,7 +76,7 @@ def both_losses(rank: int) -> tuple[float, float]:
     (model,) = optim.wrap(config, gpt.build(config, VOCAB))
     task = Task(config, mesh, methods.load(config, MASK), [model], torch.ones(VOCAB))
     batch = list(micro_batches(task, Text, 0, 2))
-    plain = PlainModel(config.model, gpt.padded_vocab_size(config, VOCAB))
+    plain = PlainModel(config.model, config.padded_vocab_size(VOCAB))
     _copy(model.module, plain)
     ours = summarise(task, accumulate_gradients(task, batch))["loss"]
     return ours, float(plain(normalise(task, batch)[0][0]))

@@ -18,7 +18,7 @@ SHARED = Path(__file__).parent.parent / "configs" / "methods.yaml"
 def test_every_method_has_drafts_as_long_and_as_many_rows_in_a_step():
     shared = config_module.load(SHARED)
     found = {name: methods._config(shared, name, 1, Path("runs")) for name in methods.METHODS}
-    assert {methods.draft_length(c) for c in found.values() if c.drafts_blocks} == {shared.train.block}
+    assert {methods.draft_length(c) for c in found.values() if c.traits.drafts_blocks} == {shared.train.block}
     rows = {name: c.train.global_batch_size * sequence_work(c).rows for name, c in found.items()}
     layers = shared.model.num_layers
     # half of the rows of ssmd go through all layers but the last, the other half through that one

@@ -734,3 +734,17 @@ def test_a_half_deleted_checkpoint_gives_way_to_the_new_one_of_its_step(folder):
     assert names(folder) == ["step_00000001", "step_00000002"] and not (half / "__1_0.distcp").exists()
     with pytest.raises(AssertionError, match="never written again"):
         checkpoints._publish(draft_of(folder, 2))
+
+
+def test_weights_that_a_model_keeps_in_fp8_are_read_in_high_precision(tmp_path, monkeypatch):
+    """megatron-core 0.19 would read into them: each half of a gated MLP's weight with a scale that belongs to both."""
+    from megatron.core import fp8_utils
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    monkeypatch.setattr(fp8_utils, "is_float8tensor", lambda x: x.dtype == torch.float8_e4m3fn)  # in Transformer Engine
+    monkeypatch.setattr(fp8_utils, "dequantize_fp8_tensor", lambda x: x.to(torch.bfloat16))
+    monkeypatch.setattr(store, "_match", lambda path, parts: None)
+    monkeypatch.setattr(store.dist_checkpointing, "load", lambda parts, path: parts)
+    weight = torch.tensor([[1.0, 2.0]]).to(torch.float8_e4m3fn)
+    found = store.load(tmp_path, {"model": {"w": ShardedTensor.from_rank_offsets("w", weight)}})["model"]["w"].data
+    assert found.dtype == torch.bfloat16 and found.tolist() == [[1.0, 2.0]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,11 +14,13 @@ from hypothesis import strategies as st
 from tests.test_decode import Bytes
 from tests.test_decode_requests import PROMPTS, SAMPLED, engine, model  # noqa: F401
 from tidar_mega.config import UserError
+from tidar_mega.decode import graphs, latency
 from tidar_mega.decode.cache import PagedAttention, PagedCache, Pages, Slots
 from tidar_mega.decode.flex import FlexPagedAttention, _page_mask
 from tidar_mega.decode.forward import Plan, Work
 from tidar_mega.decode.graphs import Recorder
 from tidar_mega.decode.sampling import SamplingParams
+from tidar_mega.methods import IN_PLACE
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 7)), max_size=60))
@@ -305,3 +308,15 @@ def mixed_hidden(e, lengths: tuple[int, ...]) -> list[torch.Tensor]:
         with torch.inference_mode():
             found.append(e.forwards.hidden(works))
     return found
+
+
+def test_what_a_measurement_of_latencies_records_is_kept_until_it_ends(model, monkeypatch):  # noqa: F811
+    """It goes round its forwards again and again: with one too few recordings kept, each would be made anew. Only their
+    number matters here, so nothing is computed."""
+    made = []
+    monkeypatch.setattr(graphs, "Recording", lambda *kind: made.append(kind) or SimpleNamespace(run=lambda *_: []))
+    e = engine(model, batch=16, cache_tokens=16 * 512)
+    e.forwards.attention, e.forwards.recorder = FlexPagedAttention, Recorder(e.forwards, e.cache.pages_of(512))
+    for _ in range(2):
+        latency.measure(e.forwards, [1, 2, 4, 8, 16], block=16, drafter=IN_PLACE, prefix=8, repeats=1)
+    assert len(made) == len(e.forwards.recorder.recordings) > 64

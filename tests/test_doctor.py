@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tidar_mega import cli, doctor
+from tidar_mega.model.precision import Machine
 
 
 def test_a_machine_that_can_run_is_ok_and_says_what_is_slow(capsys, tmp_path):
@@ -36,13 +37,6 @@ def test_data_that_is_not_there_is_named(tmp_path):
     assert found.status == doctor.MISSING and str(folder) in found.found and found.fix
 
 
-def test_recipes_are_those_that_a_run_is_allowed():
-    from tidar_mega.model.precision import RECIPES
-
-    allowed = {name: (r.engine, r.capability, r.below, r.cuda) for name, r in RECIPES.items()}
-    assert allowed == doctor.FP8_RECIPES
-
-
 @pytest.mark.parametrize(
     ("machine", "status", "found", "fix"),
     [
@@ -56,11 +50,15 @@ def test_recipes_are_those_that_a_run_is_allowed():
     ],
 )
 def test_fp8_says_which_recipes_this_gpu_can_do(machine, status, found, fix):
-    finding = doctor.fp8(*machine)
+    engine, capability, cuda = machine
+    finding = doctor.fp8(Machine(capability=capability, cuda=cuda, engine=engine))
     assert finding.status == status and found in finding.found and fix in finding.fix
     assert fix or not finding.fix
 
 
-def test_transformer_engine_without_a_gpu_stops_a_run():
-    assert doctor._engine("2.9.0", cuda=False).status == doctor.MISSING
-    assert doctor._engine("2.9.0", cuda=True) == doctor.Finding("transformer-engine", doctor.OK, "2.9.0")
+def test_transformer_engine_that_cannot_be_imported_is_no_engine():
+    gpu = {"capability": (9, 0), "cuda": "13.0"}
+    assert doctor._engine(Machine(), "2.9.0").status == doctor.MISSING, "megatron-core would import it"
+    assert doctor._engine(Machine(**gpu, engine="2.9.0"), "2.9.0").status == doctor.OK
+    broken = doctor._engine(Machine(**gpu, why_no_engine="its import fails: no libcublas"), "2.9.0")
+    assert broken.status == doctor.MISSING and "libcublas" in broken.found and "pip install" in broken.fix

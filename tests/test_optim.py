@@ -192,3 +192,35 @@ def test_offloading_and_fp8_weights_are_told_to_megatrons_optimizer():
     assert fields["fp8_recipe"] == "blockwise"
     assert fields.keys() <= {field.name for field in dataclasses.fields(OptimizerConfig)}
     assert not OptimizerConfig(**optim._optimizer_fields(settings())).optimizer_cpu_offload
+
+
+def offloaded_optimizer_loads_itself(rank: int) -> list[dict]:
+    """As far as a CPU can go: megatron's own HybridDeviceOptimizer, built and loaded, with all of it in host memory."""
+    from megatron.core.optimizer import distrib_optimizer, optimizer_config
+    from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+
+    from tidar_mega.model import gpt, precision
+    from tidar_mega.parallel.mesh import build_mesh
+    from tidar_mega.train import optim
+
+    precision.check = lambda *_: None  # what would refuse this machine, and megatron's own two checks of the same
+    distrib_optimizer.HAVE_APEX_OR_TE, optimizer_config.is_te_min_version = True, lambda _: True
+    config = settings(precision={"dtype": "bf16", "layers": "local"}, parallel={"optimizer_offload": 0.5})
+    build_mesh(config)
+    optimizer = optim.build_optimizer(config, optim.wrap(config, gpt.build(config, VOCAB)))
+    (part,) = optimizer.chained_optimizers
+    assert isinstance(part.optimizer, HybridDeviceOptimizer)
+    optimizer.load_state_dict(optimizer.state_dict())
+    optim.apply_settings(config, optimizer)
+    return [
+        {k: v for k, v in group.items() if k != "params"}
+        for group in optimizer.state_dict()["optimizer"]["param_groups"]
+    ]
+
+
+@pytest.mark.distributed
+def test_an_offloaded_optimizer_loads_what_it_has_saved():
+    (groups,) = processes.run(offloaded_optimizer_loads_itself, 1)
+    assert groups and all(isinstance(v, int | float | bool | tuple | None) for g in groups for v in g.values()), (
+        "no classes"
+    )

@@ -104,7 +104,6 @@ def test_a_rank_of_two_holds_keeps_and_sends_what_the_plan_says():
 @pytest.mark.parametrize("context", [2, 4])
 def test_a_context_rank_has_the_rows_that_the_plan_says(context, sequence, fraction, fp8):
     from tidar_mega import methods
-    from tidar_mega.model.precision import row_multiple
     from tidar_mega.parallel.context import split
 
     parallel = {"context": context, "tensor": 2 if sequence else 1, "sequence": sequence}
@@ -112,8 +111,7 @@ def test_a_context_rank_has_the_rows_that_the_plan_says(context, sequence, fract
     if fp8 != "none":
         config = config_module.override(config, [f"precision.fp8={fp8}"])
     layout = layout_of(config)
-    assert layout.row_multiple == row_multiple(config)
     rows = methods.load(config, MASK).training_rows(clean_rows(1), torch.arange(1))
     group = SimpleNamespace(size=lambda: context, rank=lambda: 0)
-    part = split(rows, group, config.train.block, layout.row_multiple)
+    part = split(rows, group, config.train.block, config.row_multiple)
     assert (layout.rows, layout.keys) == (part.rows.shape[1], part.keys.shape[1])

@@ -23,6 +23,7 @@ CPU = {"why_no_engine": "there is no CUDA GPU"}
 H100 = {"capability": (9, 0), "cuda": "13.0", "engine": "2.9.0"}
 BARE = {"capability": (9, 0), "cuda": "13.0"}  # a GPU without Transformer Engine
 FP8 = {"dtype": "bf16", "fp8": "tensorwise"}
+OFFLOAD = {"parallel": {"optimizer_offload": 0.5}, "precision": {"dtype": "bf16"}}
 
 REFUSED = {
     # name: (machine, sections of the config, words of the message)
@@ -101,8 +102,8 @@ REFUSED = {
         {"parallel": {"gradient_accumulation_fusion": True}, "precision": {"layers": "local"}},
         "parallel.gradient_accumulation_fusion: layers are local fused_weight_gradient_mlp_cuda",
     ),
-    "offload without a GPU": (CPU, {"parallel": {"optimizer_offload": 0.5}}, "parallel.optimizer_offload = 0.5: GPU"),
-    "offload without te": (BARE, {"parallel": {"optimizer_offload": 0.5}}, "parallel.optimizer_offload: Adam"),
+    "offload without a GPU": (CPU, OFFLOAD, "parallel.optimizer_offload = 0.5: GPU"),
+    "offload without te": (BARE, OFFLOAD, "parallel.optimizer_offload: Adam"),
     "offload of whole weights": (
         H100,
         {"parallel": {"optimizer_offload": 0.5, "distributed_optimizer": False}},
@@ -111,8 +112,8 @@ REFUSED = {
     "offload in fp32": (H100, {"parallel": {"optimizer_offload": 0.5}}, "parallel.optimizer_offload: precision.dtype"),
     "offload of fp8": (
         H100,
-        {"parallel": {"optimizer_offload": 0.5}, "precision": FP8 | {"fp8_param_gather": True}},
-        "parallel.optimizer_offload: precision.fp8_param_gather delayed",
+        OFFLOAD | {"precision": FP8 | {"fp8": "delayed", "fp8_param_gather": True}},
+        "parallel.optimizer_offload: precision.fp8_param_gather",
     ),
     "deterministic": (
         H100,
@@ -143,7 +144,7 @@ def test_what_can_work_is_let_through():
     check(CPU, parallel={"recompute": "full", "recompute_layers": 2}, precision={"deterministic": True})
     check(H100, {"CUBLAS_WORKSPACE_CONFIG": ":16:8"}, precision={"deterministic": True})
     check(H100, precision=FP8 | {"fp8": "blockwise", "fp8_param_gather": True, "bf16_last_layers": 1})
-    check(H100, precision=FP8 | {"fp8": "delayed", "fp8_param_gather": True}, parallel={"optimizer_offload": 1.0})
+    check(H100, precision=FP8 | {"fp8": "delayed"}, parallel={"optimizer_offload": 1.0})
     check(H100, parallel={"gradient_accumulation_fusion": True}, precision={"layers": "te"})
     check(BARE | {"fused_gradients": True}, parallel={"gradient_accumulation_fusion": True})
     check(H100 | {"capability": (10, 0)}, precision=FP8 | {"fp8": "mxfp8"}, model={"ffn_hidden_size": 128})
@@ -194,19 +195,18 @@ def test_megatron_is_told_the_fp8_recipe():
 
 
 def test_rows_are_filled_up_to_what_sequence_parallelism_and_fp8_want():
-    from tidar_mega.model import precision
 
     def multiple(**train):
         parallel = {"tensor": 2, "sequence": True}
-        return precision.row_multiple(settings(parallel=parallel, precision=FP8, train=train))
+        return settings(parallel=parallel, precision=FP8, train=train).row_multiple
 
-    assert precision.row_multiple(settings()) == 1
-    assert precision.row_multiple(settings(parallel={"tensor": 2, "sequence": True})) == 2
+    assert settings().row_multiple == 1
+    assert settings(parallel={"tensor": 2, "sequence": True}).row_multiple == 2
     assert multiple(micro_batch_size=1, global_batch_size=1) == 32
     assert multiple(micro_batch_size=4) == 8
-    assert precision.forward_rows(settings()) == 64
-    assert precision.forward_rows(settings(train={"draft_fraction": 0.5})) == 48
-    assert precision.forward_rows(replace(settings(), method="ar")) == 32
+    assert settings().forward_rows == 64
+    assert settings(train={"draft_fraction": 0.5}).forward_rows == 48
+    assert replace(settings(), method="ar").forward_rows == 32
 
 
 @pytest.mark.parametrize("pipeline", [1, 2, 4])

@@ -10,9 +10,13 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from tidar_mega.model.precision import Machine
 
 OK, WARN, MISSING = "OK", "WARN", "MISSING"
 
@@ -111,71 +115,52 @@ def _driver() -> Finding:
 
 def _accelerated() -> list[Finding]:
     """Optional parts; without them the same run is right but slower."""
-    import torch
+    from tidar_mega.model.precision import this_machine
 
-    cuda = torch.cuda.is_available()
-    capability = torch.cuda.get_device_capability() if cuda else None
-    engine = _version("transformer-engine")
+    machine = this_machine()
+    cuda = machine.capability is not None
     return [
-        _engine(engine, cuda),
-        fp8(engine, capability, torch.version.cuda),
+        _engine(machine, _version("transformer-engine")),
+        fp8(machine),
         *_apex(cuda),
         _optional("triton", "FlexAttention cannot be compiled; on CPU the `tiles` backend is used", cuda),
     ]
 
 
 _NO_GPU = "needs a CUDA GPU; nothing to do here"
-_INSTALL = 'pip install --no-build-isolation "transformer_engine[core_cu13,pytorch]>=2.9,<2.12"'
 
 
-def _engine(version: str | None, cuda: bool) -> Finding:
-    name = "transformer-engine"
-    if version is None:
+def _engine(machine: Machine, installed: str | None) -> Finding:
+    """Transformer Engine, of which `installed` is the version that pip knows of."""
+    from tidar_mega.model.precision import INSTALL
+
+    name, cuda = "transformer-engine", machine.capability is not None
+    if machine.engine is not None:
+        return Finding(name, OK, machine.engine)
+    if installed is None:
         cost = "absent: no FP8, no fused norm-linear layers; AdamW is torch's"
-        return Finding(name, WARN, cost, _INSTALL if cuda else _NO_GPU)
+        return Finding(name, WARN, cost, INSTALL if cuda else _NO_GPU)
     if not cuda:
-        found = f"{version}, whose import fails without a GPU and takes megatron-core's with it"
+        found = f"{installed}, whose import fails without a GPU and takes megatron-core's with it"
         return Finding(name, MISSING, found, f"pip uninstall {name}")
-    return Finding(name, OK, version)
+    return Finding(name, MISSING, f"{installed}, but {machine.why_no_engine}", INSTALL)
 
 
-# As in model/precision.py, of which this must know nothing: oldest Transformer Engine, compute capability (from, to
-# below) and CUDA of each recipe.
-FP8_RECIPES = {
-    "delayed": ("1.9", (8, 9), None, "12.1"),
-    "tensorwise": ("2.2", (8, 9), None, "12.1"),
-    "blockwise": ("2.3", (9, 0), None, "12.9"),
-    "mxfp8": ("2.1", (10, 0), (12, 0), "12.8"),
-}
-
-
-def fp8(engine: str | None, capability: tuple[int, int] | None, cuda: str | None) -> Finding:
+def fp8(machine: Machine) -> Finding:
     """Which values of `precision.fp8` a run may have here."""
+    from tidar_mega.model.precision import INSTALL, RECIPES, possible_recipes
+
     cost = "none: matrix products stay in bf16, at up to half the speed"
-    if capability is None:
+    if machine.capability is None:
         return Finding("FP8", WARN, cost, _NO_GPU)
-    if engine is None:
-        return Finding("FP8", WARN, cost, _INSTALL)
-    able, lacking = [], []
-    for name, (oldest, first, below, oldest_cuda) in FP8_RECIPES.items():
-        if capability < first or (below and capability >= below):
-            continue  # nothing but another GPU would help
-        newer = [f"Transformer Engine {oldest}"] if _older(engine, oldest) else []
-        newer += [f"CUDA {oldest_cuda}"] if _older(str(cuda), oldest_cuda) else []
-        if newer:
-            lacking.append(f"{name} needs {' and '.join(newer)}")
-        else:
-            able.append(name)
+    if machine.engine is None:
+        return Finding("FP8", WARN, cost, INSTALL)
+    able = possible_recipes(machine)
+    lacking = {name: recipe.missing(machine) for name, recipe in RECIPES.items() if recipe.fits_gpu(machine)}
+    newer = "; ".join(f"{name} needs {' and '.join(parts)}" for name, parts in lacking.items() if parts)
     if not able:
-        needed = "; ".join(lacking) or "a GPU of compute capability 8.9 or newer (Ada, Hopper, Blackwell)"
-        return Finding("FP8", WARN, cost, needed)
-    return Finding("FP8", OK, f"precision.fp8 may be {', '.join(able)}", "; ".join(lacking))
-
-
-def _older(found: str, wanted: str) -> bool:
-    from packaging.version import Version
-
-    return Version(found) < Version(wanted)
+        return Finding("FP8", WARN, cost, newer or "a GPU of compute capability 8.9 or newer (Ada, Hopper, Blackwell)")
+    return Finding("FP8", OK, f"precision.fp8 may be {', '.join(able)}", newer)
 
 
 def _apex(cuda: bool) -> list[Finding]:

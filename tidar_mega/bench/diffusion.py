@@ -95,7 +95,7 @@ class Judge:
 
     def __init__(self, path: Path, of: Loaded) -> None:
         checkpoint, config = load.saved(path)
-        if not config.is_left_to_right:
+        if not config.traits.is_left_to_right:
             raise ConfigError(f"--judge {path}: method = {config.method} must be one with a causal half, such as ar")
         self.tokenizer = Tokenizer.load(checkpoint / "tokenizer")
         if self.tokenizer.fingerprint != of.tokenizer.fingerprint:

@@ -26,7 +26,6 @@ from tidar_mega.arguments import positive
 from tidar_mega.bench.figure import save
 from tidar_mega.config import Config, UserError
 from tidar_mega.data.tokenizer import Tokenizer
-from tidar_mega.model.gpt import padded_vocab_size
 from tidar_mega.plan import training_flops
 from tidar_mega.plan.work import sequence_work, through_layers
 
@@ -69,7 +68,7 @@ def run(args: argparse.Namespace) -> dict:
     rows = []
     for (name, seed), config in configs.items():
         _train(config)
-        if config.is_left_to_right:
+        if config.traits.is_left_to_right:
             figures = _decoded(config, args)
         else:
             figures = _sampled(config, configs.get((_JUDGE, seed)), configs.get((_STANDARD, seed)), args)
@@ -88,7 +87,7 @@ def _config(shared: Config, name: str, seed: int, runs: Path) -> Config:
     if "method=mtp" in own:  # with as many depths as layers, S rows go through either, as TiDAR's 2S through the layers
         own.append(f"model.mtp_num_layers={shared.model.num_layers}")
     config = config_module.override(shared, own)
-    if config.drafts_blocks:
+    if config.traits.drafts_blocks:
         masks = shared.train.block - (draft_length(config) - config.train.block)
         config = config_module.override(config, [f"train.block={masks}"])
     rows = shared.train.global_batch_size * _layer_rows(config_module.override(shared, ["method=tidar"]))
@@ -140,7 +139,7 @@ def _trained(config: Config) -> dict:
     """The last validation, and what a token of text has cost."""
     lines = map(json.loads, (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines())
     last = [line for line in lines if line["kind"] == "validation"][-1]
-    vocab = padded_vocab_size(config, Tokenizer.load(Path(config.data.path) / "tokenizer").vocab_size)
+    vocab = config.padded_vocab_size(Tokenizer.load(Path(config.data.path) / "tokenizer").vocab_size)
     work = sequence_work(config)
     flops = training_flops(config, vocab, work.rows, work.pairs, work.head_rows)
     return {
@@ -162,7 +161,7 @@ def _decoded(config: Config, args: argparse.Namespace) -> dict:
         "--max-tokens",
         str(args.max_tokens),
     )
-    outcomes = ("all",) if config.has_depths else ("all", "auto")  # layers draft behind the actual outcome alone
+    outcomes = ("all",) if config.traits.has_depths else ("all", "auto")  # layers draft behind the actual outcome alone
     drafts = ("--blocks", str(draft_length(config)), "--outcomes", *outcomes, "--temperatures", "0", "1")
     _tidar("bench", "decode", config.run_dir, *text, *drafts, "--batches", "1", "--no-peers", "--json", str(path))
     found = json.loads(path.read_text())

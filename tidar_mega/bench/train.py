@@ -114,7 +114,7 @@ def _our_step(config: Config, mesh, method, rows: Rows, vocab: int):
 def _plain_step(config: Config, mesh, method, rows: Rows, vocab: int):
     """Float32 weights; bf16 is torch's autocast, the usual way of it, as both then keep float32 optimizer state."""
     dtype = device.DTYPES[config.precision.dtype]
-    model = PlainModel(config.model, gpt.padded_vocab_size(config, vocab)).to(device.device())
+    model = PlainModel(config.model, config.padded_vocab_size(vocab)).to(device.device())
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.optimizer.lr)
     weighted = normalise(Task(config, mesh, method, [], torch.ones(0)), [rows])[0][0].to(device.device())
 

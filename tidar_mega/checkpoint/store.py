@@ -29,7 +29,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
-from megatron.core.dist_checkpointing.utils import extract_sharded_base
+from megatron.core.dist_checkpointing.utils import extract_sharded_base, force_all_tensors_to_non_fp8
 from torch.distributed.checkpoint.api import CheckpointException
 
 from tidar_mega import config as config_module
@@ -228,6 +228,8 @@ def load(path: Path, parts: dict) -> dict:
     """
     try:
         _match(path, parts)
+        with torch.no_grad():  # else megatron-core 0.19 reads into the FP8 weights themselves, piece by piece
+            force_all_tensors_to_non_fp8(parts)
         return dist_checkpointing.load(parts, str(path))
     except _MEGATRON_ERRORS as error:
         causes = _by_rank(error)

@@ -5,8 +5,8 @@ names the key, the value found, what is allowed and what to do. Imports nothing 
 """
 
 from tidar_mega.config.checks import check, check_batch
-from tidar_mega.config.errors import ConfigError, LostError, UserError
-from tidar_mega.config.settings import Config, LoraConfig, ModelConfig, ParallelConfig, PrecisionConfig
+from tidar_mega.config.errors import ConfigError, LostError, UserError, require
+from tidar_mega.config.settings import METHODS, Config, LoraConfig, ModelConfig, ParallelConfig, PrecisionConfig
 from tidar_mega.config.tree import from_tree, load, override, to_tree, to_yaml
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "ConfigError",
     "LoraConfig",
     "LostError",
+    "METHODS",
     "ModelConfig",
     "ParallelConfig",
     "PrecisionConfig",
@@ -23,6 +24,7 @@ __all__ = [
     "from_tree",
     "load",
     "override",
+    "require",
     "to_tree",
     "to_yaml",
 ]

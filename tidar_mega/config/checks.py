@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import pkgutil
-from importlib.util import find_spec
+from collections.abc import Collection
 
-from tidar_mega.config.errors import ConfigError
-from tidar_mega.config.settings import Config
+from tidar_mega.config.errors import require
+from tidar_mega.config.settings import FP8_ALIGN, METHODS, Config
 
 _ABOVE_ZERO = (
     "model.num_layers",
@@ -73,31 +72,31 @@ _ZERO_OR_MORE = (
 def check(config: Config) -> None:
     """Refuses impossible values and combinations. Raises ConfigError."""
     m, t, o, p = config.model, config.train, config.optimizer, config.parallel
-    _choice("method", config.method, _methods())
+    _choice("method", config.method, METHODS)
     for key in _ABOVE_ZERO:
-        _require(_value(config, key) > 0, key, _value(config, key), "a number above 0")
+        require(_value(config, key) > 0, key, _value(config, key), "a number above 0")
     for key in _ZERO_OR_MORE:
-        _require(_value(config, key) >= 0, key, _value(config, key), "0 or more")
+        require(_value(config, key) >= 0, key, _value(config, key), "0 or more")
     _choice("model.attention", m.attention, ("auto", "dense", "tiles", "flex"))
     _choice("precision.dtype", config.precision.dtype, ("bf16", "fp32"))
     _choice("precision.layers", config.precision.layers, ("auto", "local", "te"))
-    _choice("precision.fp8", config.precision.fp8, ("none", "delayed", "tensorwise", "blockwise", "mxfp8"))
+    _choice("precision.fp8", config.precision.fp8, FP8_ALIGN)
     _choice("precision.fp8_format", config.precision.fp8_format, ("hybrid", "e4m3"))
     _choice("parallel.recompute", p.recompute, ("none", "selective", "full"))
     _choice("optimizer.schedule", o.schedule, ("cosine", "wsd", "constant"))
     for key in ("position_weight", "focal_weight", "chain_weight"):
-        if not config.drafts_blocks or config.method == "block_diffusion":
-            reason = "has blocks that are masked in part" if config.drafts_blocks else "drafts no blocks"
+        if not config.traits.drafts_blocks or config.traits.masks_in_part:
+            reason = "has blocks that are masked in part" if config.traits.masks_in_part else "drafts no blocks"
             value, allowed = getattr(t, key), f"0 with method = {config.method}, which {reason}"
-            _require(value == 0, f"train.{key}", value, allowed, "or set method = tidar")
+            require(value == 0, f"train.{key}", value, allowed, "or set method = tidar")
     health = config.health
     ok = health.spike_sigmas > 0 or not health.skip_spikes
-    _require(ok, "health.skip_spikes", True, "false with health.spike_sigmas = 0, which finds none")
+    require(ok, "health.skip_spikes", True, "false with health.spike_sigmas = 0, which finds none")
     if t.balance_clean:
-        _require(config.method == "idlm", "train.balance_clean", True, f"false with method = {config.method}")
-    _require(0 < t.draft_fraction <= 1, "train.draft_fraction", t.draft_fraction, "above 0 and at most 1")
+        require(config.method == "idlm", "train.balance_clean", True, f"false with method = {config.method}")
+    require(0 < t.draft_fraction <= 1, "train.draft_fraction", t.draft_fraction, "above 0 and at most 1")
     for key, beta in {"optimizer.beta1": o.beta1, "optimizer.beta2": o.beta2}.items():
-        _require(0 <= beta < 1, key, beta, "0 or more and below 1")
+        require(0 <= beta < 1, key, beta, "0 or more and below 1")
     _check_shapes(config)
     _check_parallel(config)
     _check_precision(config)
@@ -106,40 +105,34 @@ def check(config: Config) -> None:
     _check_decode(config)
 
 
-def _methods() -> tuple[str, ...]:
-    """Their files; they are not imported, as they need torch, and a plan or a launch does not."""
-    folders = find_spec("tidar_mega.methods").submodule_search_locations
-    return tuple(sorted(module.name for module in pkgutil.iter_modules(folders)))
-
-
 def _check_shapes(config: Config) -> None:
     m, t, p, length = config.model, config.train, config.parallel, config.data.seq_length
-    _require(
+    require(
         length % t.block == 0,
         "train.block",
         t.block,
         f"a divisor of data.seq_length ({length})",
         _near(length, t.block),
     )
-    _require(
+    require(
         m.kv_channels is not None or m.hidden_size % m.num_attention_heads == 0,
         "model.num_attention_heads",
         m.num_attention_heads,
         f"a divisor of model.hidden_size ({m.hidden_size})",
         "or set model.kv_channels",
     )
-    _require(m.head_width % 2 == 0, "model.kv_channels", m.head_width, "an even number, as RoPE rotates pairs")
-    _require(
+    require(m.head_width % 2 == 0, "model.kv_channels", m.head_width, "an even number, as RoPE rotates pairs")
+    require(
         m.num_attention_heads % m.num_query_groups == 0,
         "model.num_query_groups",
         m.num_query_groups,
         f"a divisor of model.num_attention_heads ({m.num_attention_heads})",
     )
-    if config.has_causal_block:
+    if config.traits.has_causal_block:
         allowed = f"2 or more with method = {config.method}, whose last layer verifies what the others draft"
-        _require(m.num_layers > 1, "model.num_layers", m.num_layers, allowed)
-    allowed = "1 or more with method = mtp" if config.has_depths else f"0 with method = {config.method}"
-    _require((m.mtp_num_layers > 0) == config.has_depths, "model.mtp_num_layers", m.mtp_num_layers, allowed)
+        require(m.num_layers > 1, "model.num_layers", m.num_layers, allowed)
+    allowed = "1 or more with method = mtp" if config.traits.has_depths else f"0 with method = {config.method}"
+    require((m.mtp_num_layers > 0) == config.traits.has_depths, "model.mtp_num_layers", m.mtp_num_layers, allowed)
     for key, value in {
         "model.num_attention_heads": m.num_attention_heads,
         "model.num_query_groups": m.num_query_groups,
@@ -147,83 +140,126 @@ def _check_shapes(config: Config) -> None:
         "model.vocab_multiple": m.vocab_multiple,
     }.items():
         way = "lower parallel.tensor or change the shape"
-        _require(value % p.tensor == 0, key, value, f"a multiple of parallel.tensor ({p.tensor})", way)
+        require(value % p.tensor == 0, key, value, f"a multiple of parallel.tensor ({p.tensor})", way)
 
 
 def _check_parallel(config: Config) -> None:
     m, p, length = config.model, config.parallel, config.data.seq_length
     if p.sequence:
-        _require(p.tensor > 1, "parallel.sequence", True, "true only with parallel.tensor above 1")
+        require(p.tensor > 1, "parallel.sequence", True, "true only with parallel.tensor above 1")
     if p.sequence and p.context == 1:  # with context parallelism, each rank's rows are filled up to a multiple
-        drafted = config.drafted_rows
-        allowed = (
-            f"a length whose clean and mask rows ({length} + {drafted}) are a multiple of parallel.tensor ({p.tensor})"
-        )
-        _require(
-            (length + drafted) % p.tensor == 0, "data.seq_length", length, allowed, "or change train.draft_fraction"
-        )
-    if config.has_depths:  # megatron-core 0.16 cannot hand our attention's context through it
-        _require(p.recompute != "full", "parallel.recompute", "full", "none or selective with method = mtp")
+        found = f"{length} + {config.drafted_rows}"
+        allowed = f"a length whose clean and mask rows ({found}) are a multiple of parallel.tensor ({p.tensor})"
+        ok = config.forward_rows % p.tensor == 0
+        require(ok, "data.seq_length", length, allowed, "or change train.draft_fraction")
+    if config.traits.has_depths:  # megatron-core 0.16 cannot hand our attention's context through it
+        require(p.recompute != "full", "parallel.recompute", "full", "none or selective with method = mtp")
     parts = p.pipeline * p.virtual_pipeline
     allowed = f"a multiple of parallel.pipeline x parallel.virtual_pipeline ({p.pipeline} x {p.virtual_pipeline})"
-    _require(m.num_layers % parts == 0, "model.num_layers", m.num_layers, allowed)
-    _require(
+    require(m.num_layers % parts == 0, "model.num_layers", m.num_layers, allowed)
+    layers = m.num_layers // parts
+    if p.recompute == "full":  # megatron would ask for a layer that does not exist
+        allowed = f"a divisor of the layers of one stage ({layers})"
+        require(layers % p.recompute_layers == 0, "parallel.recompute_layers", p.recompute_layers, allowed)
+    require(
         p.virtual_pipeline == 1 or p.pipeline > 1,
         "parallel.virtual_pipeline",
         p.virtual_pipeline,
         "1 with parallel.pipeline = 1",
     )
     allowed = f"a multiple of 2 x parallel.context ({2 * p.context})"
-    _require(p.context == 1 or length % (2 * p.context) == 0, "data.seq_length", length, allowed)
+    require(p.context == 1 or length % (2 * p.context) == 0, "data.seq_length", length, allowed)
     if p.overlap_param_gather:
         allowed = "true only with parallel.distributed_optimizer and parallel.overlap_grad_reduce"
         ok = p.distributed_optimizer and p.overlap_grad_reduce
-        _require(ok, "parallel.overlap_param_gather", True, allowed)
-    _require(p.bucket_size is None or p.bucket_size > 0, "parallel.bucket_size", p.bucket_size, "1 or more, or null")
-    _require(0 <= p.optimizer_offload <= 1, "parallel.optimizer_offload", p.optimizer_offload, "between 0 and 1")
+        require(ok, "parallel.overlap_param_gather", True, allowed)
+    require(p.bucket_size is None or p.bucket_size > 0, "parallel.bucket_size", p.bucket_size, "1 or more, or null")
+    _check_offload(config)
     if p.data is not None:
-        _require(p.data > 0, "parallel.data", p.data, "a number above 0")
+        require(p.data > 0, "parallel.data", p.data, "a number above 0")
         check_batch(config, p.data)
+
+
+def _check_offload(config: Config) -> None:
+    """The limits of megatron's HybridDeviceOptimizer."""
+    key, share, precision = "parallel.optimizer_offload", config.parallel.optimizer_offload, config.precision
+    require(0 <= share <= 1, key, share, "between 0 and 1")
+    if share == 0:
+        return
+    allowed = "0 without parallel.distributed_optimizer, on whose shards it works"
+    require(config.parallel.distributed_optimizer, key, share, allowed)
+    allowed = "0 with precision.dtype=fp32: it restores float32 copies of bf16 weights"
+    require(precision.dtype == "bf16", key, share, allowed)
+    allowed = "0 with precision.fp8_param_gather: its float32 copies would be made from the FP8 weights"
+    require(not precision.fp8_param_gather, key, share, allowed)
 
 
 def _check_precision(config: Config) -> None:
     precision, layers = config.precision, config.model.num_layers
     if precision.fp8 == "none":
-        _require(not precision.fp8_param_gather, "precision.fp8_param_gather", True, "false with precision.fp8=none")
+        require(not precision.fp8_param_gather, "precision.fp8_param_gather", True, "false with precision.fp8=none")
         return
-    _require(precision.dtype == "bf16", "precision.fp8", precision.fp8, "none with precision.dtype=fp32")
-    _require(precision.layers != "local", "precision.fp8", precision.fp8, "none with precision.layers=local", "use te")
+    require(precision.dtype == "bf16", "precision.fp8", precision.fp8, "none with precision.dtype=fp32")
+    require(precision.layers != "local", "precision.fp8", precision.fp8, "none with precision.layers=local", "use te")
+    _check_fp8_shapes(config)
+    if precision.fp8_param_gather:
+        allowed = "false without parallel.distributed_optimizer"
+        require(config.parallel.distributed_optimizer, "precision.fp8_param_gather", True, allowed)
+        allowed = "false with mxfp8, whose weights megatron gathers in bf16"
+        require(precision.fp8 != "mxfp8", "precision.fp8_param_gather", True, allowed)
+    stage = layers // config.parallel.pipeline
+    for key in ("bf16_first_layers", "bf16_last_layers"):
+        kept, allowed = getattr(precision, key), f"at most the layers of one pipeline stage ({stage})"
+        require(kept <= stage, f"precision.{key}", kept, allowed)
     kept = precision.bf16_first_layers + precision.bf16_last_layers
     if kept:
         allowed = f"at most model.num_layers ({layers}) with precision.bf16_last_layers"
-        _require(kept <= layers, "precision.bf16_first_layers", precision.bf16_first_layers, allowed)
+        require(kept <= layers, "precision.bf16_first_layers", precision.bf16_first_layers, allowed)
         allowed = "tensorwise, blockwise or mxfp8 with layers kept in bf16: delayed scaling knows one recipe for all"
-        _require(precision.fp8 != "delayed", "precision.fp8", precision.fp8, allowed)
+        require(precision.fp8 != "delayed", "precision.fp8", precision.fp8, allowed)
+
+
+def _check_fp8_shapes(config: Config) -> None:
+    m, tensor, align = config.model, config.parallel.tensor, FP8_ALIGN[config.precision.fp8]
+    for name, width in {
+        "hidden_size": m.hidden_size,
+        "ffn_hidden_size": m.ffn_hidden_size / tensor,
+        "num_attention_heads": m.num_attention_heads * m.head_width / tensor,
+        "num_query_groups": (m.num_attention_heads + 2 * m.num_query_groups) * m.head_width / tensor,
+    }.items():
+        allowed = f"such that matrices have a multiple of {align} columns with precision.fp8, found {width:g} on a rank"
+        require(width % align == 0, f"model.{name}", getattr(m, name), allowed)
+    if config.parallel.context > 1:  # the parts of the rows are filled up to row_multiple
+        return
+    rows, multiple = config.forward_rows, config.row_multiple
+    allowed = f"a length whose rows of a forward ({rows}) are a multiple of {multiple} with precision.fp8"
+    way_out = f"or change train.draft_fraction or train.micro_batch_size ({config.train.micro_batch_size})"
+    require(rows % multiple == 0, "data.seq_length", config.data.seq_length, allowed, way_out)
 
 
 def _check_lora(config: Config) -> None:
     lora, targets = config.lora, ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
     if lora.rank == 0:
         return
-    _require(lora.alpha > 0, "lora.alpha", lora.alpha, "above 0")
+    require(lora.alpha > 0, "lora.alpha", lora.alpha, "above 0")
     ok = bool(lora.targets) and set(lora.targets) <= set(targets) and len(set(lora.targets)) == len(lora.targets)
-    _require(ok, "lora.targets", lora.targets, f"some of {', '.join(targets)}")
+    require(ok, "lora.targets", lora.targets, f"some of {', '.join(targets)}")
     allowed = "the run or checkpoint whose weights stay frozen under the adapters of lora.rank"
-    _require(config.train.init_from is not None, "train.init_from", None, allowed, "or set lora.rank = 0")
+    require(config.train.init_from is not None, "train.init_from", None, allowed, "or set lora.rank = 0")
     allowed = f"0 with method = {config.method}, which has no mask rows for adapters to act on"
-    _require(config.drafts_blocks, "lora.rank", lora.rank, allowed)
+    require(config.traits.drafts_blocks, "lora.rank", lora.rank, allowed)
     layers, allowed = config.precision.layers, "auto or local with lora.rank: adapters sit in megatron's own layers"
-    _require(layers != "te", "precision.layers", layers, allowed)
-    _require(config.precision.fp8 == "none", "precision.fp8", config.precision.fp8, "none with lora.rank")
+    require(layers != "te", "precision.layers", layers, allowed)
+    require(config.precision.fp8 == "none", "precision.fp8", config.precision.fp8, "none with lora.rank")
 
 
 def _check_schedule(config: Config) -> None:
     o, steps = config.optimizer, config.train.steps
-    _require(o.min_lr <= o.lr, "optimizer.min_lr", o.min_lr, f"at most optimizer.lr ({o.lr})")
-    _require(o.warmup_steps < steps, "optimizer.warmup_steps", o.warmup_steps, f"less than train.steps ({steps})")
+    require(o.min_lr <= o.lr, "optimizer.min_lr", o.min_lr, f"at most optimizer.lr ({o.lr})")
+    require(o.warmup_steps < steps, "optimizer.warmup_steps", o.warmup_steps, f"less than train.steps ({steps})")
     if o.schedule == "wsd":
         rest = steps - o.warmup_steps
-        _require(0 < o.decay_steps <= rest, "optimizer.decay_steps", o.decay_steps, f"1 to {rest} (steps - warm-up)")
+        require(0 < o.decay_steps <= rest, "optimizer.decay_steps", o.decay_steps, f"1 to {rest} (steps - warm-up)")
 
 
 def _check_decode(config: Config) -> None:
@@ -231,18 +267,18 @@ def _check_decode(config: Config) -> None:
     _choice("decode.mode", d.mode, ("fused", "ar", "blocks"))
     _choice("decode.dtype", d.dtype, ("fp32", "bf16"))
     _choice("decode.acceptance", d.acceptance, ("coupled", "rejection"))
-    _require(0 < d.top_p <= 1, "decode.top_p", d.top_p, "above 0 and at most 1")
-    _require(0 <= d.beta <= 1, "decode.beta", d.beta, "from 0 (trust the masks) to 1 (trust AR, exact)")
-    _require(0 < d.threshold <= 1, "decode.threshold", d.threshold, "above 0 and at most 1")
-    _require(d.block is None or d.block > 0, "decode.block", d.block, "1 or more")
-    _require(d.cache_tokens is None or d.cache_tokens > 0, "decode.cache_tokens", d.cache_tokens, "1 or more")
+    require(0 < d.top_p <= 1, "decode.top_p", d.top_p, "above 0 and at most 1")
+    require(0 <= d.beta <= 1, "decode.beta", d.beta, "from 0 (trust the masks) to 1 (trust AR, exact)")
+    require(0 < d.threshold <= 1, "decode.threshold", d.threshold, "above 0 and at most 1")
+    require(d.block is None or d.block > 0, "decode.block", d.block, "1 or more")
+    require(d.cache_tokens is None or d.cache_tokens > 0, "decode.cache_tokens", d.cache_tokens, "1 or more")
     named = d.outcomes in ("auto", "all", "last", "none")
     listed = isinstance(d.outcomes, list) and all(isinstance(o, int) and o > 0 for o in d.outcomes)
-    _require(named or listed, "decode.outcomes", d.outcomes, "auto, all, last, none or a list such as [1,4]")
+    require(named or listed, "decode.outcomes", d.outcomes, "auto, all, last, none or a list such as [1,4]")
     for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_multiple"):
         value = getattr(m, name)
-        _require(value % d.tensor == 0, "decode.tensor", d.tensor, f"a divisor of model.{name} ({value})")
-    _require(
+        require(value % d.tensor == 0, "decode.tensor", d.tensor, f"a divisor of model.{name} ({value})")
+    require(
         m.num_layers % d.pipeline == 0, "decode.pipeline", d.pipeline, f"a divisor of model.num_layers ({m.num_layers})"
     )
 
@@ -255,7 +291,7 @@ def check_batch(config: Config, data_parallel: int) -> None:
     if p.virtual_pipeline > 1:  # the interleaved schedule takes micro-batches in turns of one for each stage
         unit *= p.pipeline
         allowed = f"a multiple of train.micro_batch_size x parallel.data x parallel.pipeline ({unit})"
-    _require(
+    require(
         t.global_batch_size % unit == 0,
         "train.global_batch_size",
         t.global_batch_size,
@@ -269,15 +305,10 @@ def _value(config: Config, key: str) -> float:
     return getattr(getattr(config, section), name)
 
 
-def _require(ok: bool, key: str, value: object, allowed: str, way_out: str = "") -> None:
-    if not ok:
-        raise ConfigError(f"{key} = {value}: must be {allowed}" + (f"; {way_out}" if way_out else ""))
-
-
-def _choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
-    _require(value in allowed, key, value, f"one of {', '.join(allowed)}")
+def _choice(key: str, value: str, allowed: Collection[str]) -> None:
+    require(value in allowed, key, value, f"one of {', '.join(allowed)}")
 
 
 def _near(length: int, block: int) -> str:
-    divisors = [d for d in range(1, min(length, 65)) if length % d == 0]
+    divisors = [d for d in range(1, min(length, 64) + 1) if length % d == 0]
     return f"for example {min(divisors, key=lambda d: abs(d - block))}"

@@ -24,6 +24,12 @@ class ConfigError(UserError):
     """A setting that cannot work; the message names the key, the value, the limit and the way out."""
 
 
+def require(ok: bool, key: str, value: object, allowed: str, way_out: str = "") -> None:
+    """Raises ConfigError unless `ok`: what `key` was found to be, what it must be, and what else would help."""
+    if not ok:
+        raise ConfigError(f"{key} = {value}: must be {allowed}" + (f"; {way_out}" if way_out else ""))
+
+
 def storage_error(fault: OSError | None, kind: type[UserError], said: str, mend: str) -> UserError:
     """What to raise where storage did not do its work, with `said` of which file and what.
 

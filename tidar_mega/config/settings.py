@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,10 +46,10 @@ class TrainConfig:
     seed: int = 1234
     init_from: str | None = None  # a run or checkpoint whose weights a new run begins with, of any method and layout
     block: int = 4  # masks of a block: the draft length (B), AR's own token counted by method tidar, not by idlm
-    alpha: float = 1.0  # loss = (alpha * CE_AR + CE_draft) / (1 + alpha)
+    alpha: float = 1.0  # loss = (alpha * CE_AR + CE_draft) / (1 + alpha), of methods tidar and block_diffusion
     clean_weight: float = 0.2  # method idlm: loss = CE_draft + clean_weight * CE_AR
-    mtp_loss_scaling_factor: float = 0.1  # method mtp: loss = CE_AR + this * mean CE of the depths; megatron's default
     balance_clean: bool = False  # and with stopgrad(CE_draft / CE_AR) in its place, for one forward more in each step
+    mtp_loss_scaling_factor: float = 0.1  # method mtp: loss = CE_AR + this * mean CE of the depths; megatron's default
     draft_fraction: float = 1.0  # share of the blocks of a sequence that are drafted in a step
     random_offset: bool = False  # shift the block starts of each sequence by a random 0..block-1
     # left-to-right losses of a draft on top (arXiv 2606.11552), 0 = without; the paper gives 0.3 for the focal one
@@ -92,22 +93,17 @@ class ParallelConfig:
     tensor: int = 1
     sequence: bool = False  # sequence parallel: norms and residuals are split over the tensor group
     pipeline: int = 1  # stages, each with num_layers / pipeline layers
-    virtual_pipeline: int = (
-        1  # parts of each stage; above 1, micro-batches go round the stages this often (interleaved)
-    )
+    virtual_pipeline: int = 1  # parts of each stage, round which micro-batches go this often (interleaved)
     context: int = 1  # the rows of each sequence are split over this many processes
-    data: int | None = (
-        None  # processes / (tensor x pipeline x context) when null; without a launcher, 1 or as many as fit
-    )
+    # replicas: processes / (tensor x pipeline x context) when null; without a launcher, 1 or as many as fit
+    data: int | None = None
     distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
     bucket_size: int | None = None  # parameters that are reduced or gathered at once when overlapped; null: megatron's
     recompute: str = "none"  # activations made again in the backward: none | selective (attention) | full
     recompute_layers: int = 1  # with full: layers of which only the input is kept, as one unit
-    gradient_accumulation_fusion: bool = (
-        False  # weight gradients added into fp32 by the product itself; CUDA, TE or apex
-    )
+    gradient_accumulation_fusion: bool = False  # products add weight gradients into fp32 themselves; needs TE or apex
     optimizer_offload: float = 0.0  # share of the optimizer that lives in host memory; 0 = none
     timeout_minutes: float = 10.0  # of every collective
 
@@ -193,9 +189,35 @@ class DecodeConfig:
 
 
 @dataclass(frozen=True)
+class Traits:
+    """What settings, plans and the dealing of rows must know of a method. Its mathematics is a file of `methods/`."""
+
+    drafts_blocks: bool = False  # blocks of mask rows (train.block, train.draft_fraction) beside the clean rows
+    masks_in_part: bool = False  # some slots of a block keep their token, and have no loss
+    causal_in_group: bool = False  # a mask sees those of its block alone that stand before it
+    is_left_to_right: bool = True  # the clean rows are a causal model, which `tidar generate` continues a prompt with
+    has_causal_block: bool = False  # the last layer is causal in a random order of the places (arXiv 2510.03929)
+    has_depths: bool = False  # layers of multi-token prediction stand behind the backbone (arXiv 2412.19437)
+
+
+METHODS = {
+    "tidar": Traits(drafts_blocks=True),
+    "idlm": Traits(drafts_blocks=True, causal_in_group=True),
+    "block_diffusion": Traits(drafts_blocks=True, masks_in_part=True),
+    "mtp": Traits(has_depths=True),
+    "ar": Traits(),
+    "masked_diffusion": Traits(is_left_to_right=False),
+    "ssmd": Traits(is_left_to_right=False, has_causal_block=True),
+}
+
+# rows and widths of every matrix product are multiples of it under `precision.fp8`
+FP8_ALIGN = {"none": 1, "delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
+
+
+@dataclass(frozen=True)
 class Config:
     run_dir: str = "runs/default"  # checkpoints, tensorboard/, metrics.jsonl and config.yaml of this run
-    method: str = "tidar"  # a file of tidar_mega/methods
+    method: str = "tidar"  # one of METHODS
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -210,33 +232,36 @@ class Config:
     decode: DecodeConfig = field(default_factory=DecodeConfig)
 
     @property
-    def drafts_blocks(self) -> bool:
-        """Whether a training forward has blocks of mask rows (train.block, draft_fraction) beside the clean rows."""
-        return self.method not in ("ar", "mtp", "masked_diffusion", "ssmd")
+    def traits(self) -> Traits:
+        return METHODS[self.method]
 
     @property
     def drafted_rows(self) -> int:
         """Mask rows of a sequence: whole blocks, the share train.draft_fraction of them."""
-        if not self.drafts_blocks:
+        if not self.traits.drafts_blocks:
             return 0
         return max(1, round(self.train.draft_fraction * self.data.seq_length / self.train.block)) * self.train.block
 
     @property
-    def is_left_to_right(self) -> bool:
-        """Whether the clean rows are a causal model, which `tidar generate` continues a prompt with."""
-        return self.method not in ("masked_diffusion", "ssmd")
-
-    @property
-    def has_causal_block(self) -> bool:
-        """Whether the last layer is causal in a random order of the places (arXiv 2510.03929)."""
-        return self.method == "ssmd"
-
-    @property
-    def has_depths(self) -> bool:
-        """Whether layers of multi-token prediction stand behind the backbone (arXiv 2412.19437)."""
-        return self.method == "mtp"
+    def forward_rows(self) -> int:
+        """Rows of each sequence in a training forward: the clean ones and the drafted ones."""
+        return self.data.seq_length + self.drafted_rows
 
     @property
     def rows_per_place(self) -> int:
         """Rows that leave the last layers for each one that the backbone's first layer takes."""
-        return 1 + self.model.mtp_num_layers if self.has_depths else 1 + self.has_causal_block
+        return 1 + self.model.mtp_num_layers if self.traits.has_depths else 1 + self.traits.has_causal_block
+
+    @property
+    def row_multiple(self) -> int:
+        """The rows of one sequence on one context-parallel rank must be a multiple of this.
+
+        Sequence parallelism deals them to the tensor group, and FP8 wants whole blocks of (rows x sequences) on each.
+        """
+        ranks = self.parallel.tensor if self.parallel.sequence else 1
+        align = FP8_ALIGN[self.precision.fp8]
+        return ranks * align // math.gcd(align, self.train.micro_batch_size)
+
+    def padded_vocab_size(self, vocab_size: int) -> int:
+        """Rows of the embedding and the head for a tokenizer of `vocab_size` ids."""
+        return -(-vocab_size // self.model.vocab_multiple) * self.model.vocab_multiple

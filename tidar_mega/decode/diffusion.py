@@ -182,12 +182,12 @@ class Backbone:
         self.places, self.mask_id = config.data.seq_length, tokenizer.mask
         self.device = next(model.parameters()).device
         self._never = [tokenizer.mask, tokenizer.pad, *range(tokenizer.vocab_size, model.vocab_size)]
-        self.causal_share = _causal_share(model) if config.has_causal_block else 0.0
+        self.causal_share = _causal_share(model) if config.traits.has_causal_block else 0.0
 
     def draft(self, token_BS: Tensor) -> tuple[Tensor, tuple[Rows, Tensor]]:
         rows = self._rows(token_BS)
         context = TrainingAttention(rows, "dense")
-        if self.config.has_causal_block:
+        if self.config.traits.has_causal_block:
             hidden_SBD = self.model.noncausal(rows, context)
             return self._log(self.model.speak(hidden_SBD)), (rows, hidden_SBD)
         hidden_SBD = self.model(rows, context)
@@ -230,7 +230,7 @@ class Loaded:
 def load_denoiser(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Loaded:
     """A checkpoint of masked diffusion, in this process alone. Raises CheckpointError or ConfigError."""
     checkpoint, config = load.saved(path, overrides)
-    if config.is_left_to_right:
+    if config.traits.is_left_to_right:
         raise ConfigError(
             f"method = {config.method}: {path} is not a masked diffusion run; name one of method ssmd or "
             "masked_diffusion, or decode this one with `tidar generate`"

@@ -23,7 +23,8 @@ from tidar_mega.decode.flex import Batch, FlexPagedAttention
 from tidar_mega.decode.forward import Forwards, Plan, Result, Work, columns, moved, results
 from tidar_mega.decode.sampling import Sampling, SamplingParams
 
-MOST = 64  # recordings that are kept; each holds the activations of its forward in a pool that all share
+# recordings that are kept, more than a measurement of latencies makes; their activations lie in a pool that all share
+MOST = 128
 WARM_UP = 3  # runs before a recording, in which kernels are compiled and chosen
 
 

@@ -172,7 +172,7 @@ def write_transformers(checkpoint: Path, config: Config, folder: Path, mesh: Mes
 
 
 def _check_left_to_right(config: Config, path: str | Path) -> None:
-    if not config.is_left_to_right:
+    if not config.traits.is_left_to_right:
         raise ConfigError(
             f"method = {config.method}: {path} has no causal half that could continue a prompt or be exported; sample "
             f"it with `tidar bench diffusion {path} --judge RUN_OF_METHOD_AR`, or from Python with "

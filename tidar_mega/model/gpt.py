@@ -175,15 +175,15 @@ def build(config: Config, vocab_size: int, training: bool = True) -> list[Hybrid
 
 def _chunk(config: Config, shape: TransformerConfig, vocab_size: int, vp_stage: int | None) -> HybridGPT:
     rank, last = parallel_state.get_pipeline_model_parallel_rank(), config.parallel.pipeline - 1
-    ids, base = padded_vocab_size(config, vocab_size), config.model.rotary_base
+    ids, base = config.padded_vocab_size(vocab_size), config.model.rotary_base
     post_process = rank == last and vp_stage in (None, config.parallel.virtual_pipeline - 1)
-    causal = {"vocab_size": ids, "rotary_base": base} if config.has_causal_block and post_process else None
+    causal = {"vocab_size": ids, "rotary_base": base} if config.traits.has_causal_block and post_process else None
     spec = block_spec(shape, vp_stage, config.lora, causal)
-    kind = AnyOrderGPT if config.has_causal_block else MultiTokenGPT if config.has_depths else HybridGPT
+    kind = AnyOrderGPT if config.traits.has_causal_block else MultiTokenGPT if config.traits.has_depths else HybridGPT
     return kind(
         config=shape,
         transformer_layer_spec=spec,
-        mtp_block_spec=multi_token_spec(shape, spec, vp_stage) if config.has_depths else None,
+        mtp_block_spec=multi_token_spec(shape, spec, vp_stage) if config.traits.has_depths else None,
         vocab_size=ids,
         max_sequence_length=config.data.seq_length,
         pre_process=rank == 0 and vp_stage in (None, 0),
@@ -249,9 +249,3 @@ def _set_part(weight: Tensor, seed: int, name: str, std: float, dim: int | None,
         mine = [piece.chunk(group.size(), dim)[group.rank()] for piece in whole.chunk(pieces, dim)]
         whole = torch.cat(mine, dim)
     set_weight(weight, whole)
-
-
-def padded_vocab_size(config: Config, vocab_size: int) -> int:
-    """Ids of the embedding and head: `vocab_size` rounded up to model.vocab_multiple."""
-    multiple = config.model.vocab_multiple
-    return (vocab_size + multiple - 1) // multiple * multiple

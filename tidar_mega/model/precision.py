@@ -1,15 +1,14 @@
 """Which layers and number formats a run uses, and whether this machine has what they need.
 
 megatron-core accepts every FP8 setting and, without Transformer Engine, quietly computes in bf16; a recipe that the GPU
-lacks fails deep inside a kernel. So everything is checked here, before anything is built, and each refusal names the
-key, what was found, what is needed and the way out.
+lacks fails deep inside a kernel. So what depends on the machine is checked here, before anything is built; the rest is
+checked by `config/checks.py`.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from packaging.version import Version
 
-from tidar_mega.config import Config, ConfigError
+from tidar_mega.config import Config, require
 from tidar_mega.device import has_cuda
 
 OLDEST_ENGINE = "1.9"  # before it, its norm made models with q/k norm converge worse (megatron's own remark)
@@ -26,30 +25,33 @@ INSTALL = 'pip install --no-build-isolation "transformer_engine[core_cu13,pytorc
 
 @dataclass(frozen=True)
 class Recipe:
-    """What an FP8 recipe needs: the oldest Transformer Engine, GPU and CUDA, and matrices of whole blocks."""
+    """What an FP8 recipe needs: the oldest Transformer Engine, GPU and CUDA."""
 
     engine: str
     capability: tuple[int, int]
-    align: int  # rows and widths of every matrix product are multiples of it
     cuda: str = "12.1"
     below: tuple[int, int] | None = None  # GPUs from this capability on lack it
 
-    def runs_on(self, machine: Machine) -> bool:
-        too_new = self.below is not None and machine.capability >= self.below
-        return machine.capability >= self.capability and not too_new and Version(machine.cuda) >= Version(self.cuda)
+    def fits_gpu(self, machine: Machine) -> bool:
+        return machine.capability >= self.capability and (self.below is None or machine.capability < self.below)
 
-    @property
-    def hardware(self) -> str:
+    def missing(self, machine: Machine) -> list[str]:
+        """What a machine with a GPU and Transformer Engine lacks for it."""
         limit = f" but below {_dotted(self.below)}" if self.below else ""
-        return f"a GPU of compute capability {_dotted(self.capability)} or newer{limit} and CUDA {self.cuda}"
+        gpu = f"a GPU of compute capability {_dotted(self.capability)} or newer{limit}"
+        return [
+            *([] if self.fits_gpu(machine) else [gpu]),
+            *([] if Version(machine.engine) >= Version(self.engine) else [f"Transformer Engine {self.engine}"]),
+            *([] if Version(machine.cuda) >= Version(self.cuda) else [f"CUDA {self.cuda}"]),
+        ]
 
 
 # Transformer Engine's names: DelayedScaling, Float8CurrentScaling, Float8BlockScaling, MXFP8BlockScaling
 RECIPES = {
-    "delayed": Recipe("1.9", (8, 9), 16),
-    "tensorwise": Recipe("2.2", (8, 9), 16),
-    "blockwise": Recipe("2.3", (9, 0), 16, cuda="12.9"),
-    "mxfp8": Recipe("2.1", (10, 0), 32, cuda="12.8", below=(12, 0)),
+    "delayed": Recipe("1.9", (8, 9)),
+    "tensorwise": Recipe("2.2", (8, 9)),
+    "blockwise": Recipe("2.3", (9, 0), cuda="12.9"),
+    "mxfp8": Recipe("2.1", (10, 0), cuda="12.8", below=(12, 0)),
 }
 
 
@@ -112,7 +114,6 @@ def check(config: Config, machine: Machine, environment: Mapping[str, str] = os.
     """Refuses what this machine, or megatron-core, cannot do as asked. Raises ConfigError."""
     layers = resolve_layers(config, machine)
     _check_fp8(config, machine, layers)
-    _check_recompute(config)
     _check_gradient_fusion(config, machine, layers)
     _check_offload(config, machine)
     if config.precision.deterministic and machine.capability is not None:
@@ -120,81 +121,23 @@ def check(config: Config, machine: Machine, environment: Mapping[str, str] = os.
 
 
 def _check_fp8(config: Config, machine: Machine, layers: str) -> None:
-    p, parallel = config.precision, config.parallel
+    p = config.precision
     if p.fp8 == "none":
         return
-    recipe = RECIPES[p.fp8]
     if layers != "te":
         found = machine.why_no_engine if machine.engine is None else f"its version {machine.engine} is too old"
         allowed = f"none here: FP8 is done by Transformer Engine alone ({found})"
         _refuse("precision.fp8", p.fp8, allowed, _install(machine))
-    if Version(machine.engine) < Version(recipe.engine):
-        found = f"Transformer Engine {recipe.engine} or newer is needed, found {machine.engine}"
-        _refuse("precision.fp8", p.fp8, f"{_possible(machine)} here: {found}")
-    if not recipe.runs_on(machine):
-        found = f"found capability {_dotted(machine.capability)} and CUDA {machine.cuda}"
-        _refuse("precision.fp8", p.fp8, f"{_possible(machine)} here: {recipe.hardware} are needed, {found}")
-    _check_fp8_shapes(config, recipe)
-    if p.fp8_param_gather and not parallel.distributed_optimizer:
-        _refuse("precision.fp8_param_gather", True, "false without parallel.distributed_optimizer")
-    if p.fp8_param_gather and p.fp8 == "mxfp8":
-        _refuse("precision.fp8_param_gather", True, "false with mxfp8, whose weights megatron gathers in bf16")
-    for key, kept in {"first": p.bf16_first_layers, "last": p.bf16_last_layers}.items():
-        most = config.model.num_layers // parallel.pipeline
-        if kept > most:
-            _refuse(f"precision.bf16_{key}_layers", kept, f"at most the layers of one pipeline stage ({most})")
+    if missing := RECIPES[p.fp8].missing(machine):
+        possible = " or ".join([*possible_recipes(machine), "none"])
+        gpu = f"capability {_dotted(machine.capability)}"
+        found = f"found {gpu}, Transformer Engine {machine.engine} and CUDA {machine.cuda}"
+        _refuse("precision.fp8", p.fp8, f"{possible} here: {' and '.join(missing)} needed, {found}")
 
 
-def _possible(machine: Machine) -> str:
-    able = [n for n, r in RECIPES.items() if Version(machine.engine) >= Version(r.engine) and r.runs_on(machine)]
-    return " or ".join([*able, "none"])
-
-
-def _check_fp8_shapes(config: Config, recipe: Recipe) -> None:
-    m, tensor, align = config.model, config.parallel.tensor, recipe.align
-    for key, width in {
-        "model.hidden_size": m.hidden_size,
-        "model.ffn_hidden_size": m.ffn_hidden_size / tensor,
-        "model.num_attention_heads": m.num_attention_heads * m.head_width / tensor,
-        "model.num_query_groups": (m.num_attention_heads + 2 * m.num_query_groups) * m.head_width / tensor,
-    }.items():
-        if width % align:
-            name = key.removeprefix("model.")
-            allowed = (
-                f"such that matrices have a multiple of {align} columns with precision.fp8, found {width:g} on a rank"
-            )
-            _refuse(key, getattr(m, name), allowed)
-    if config.parallel.context > 1:  # the parts of the rows are filled up to row_multiple
-        return
-    rows, multiple = forward_rows(config), row_multiple(config)
-    if rows % multiple:
-        allowed = f"a length whose rows of a forward ({rows}) are a multiple of {multiple} with precision.fp8"
-        way_out = f"or change train.draft_fraction or train.micro_batch_size ({config.train.micro_batch_size})"
-        _refuse("data.seq_length", config.data.seq_length, allowed, way_out)
-
-
-def forward_rows(config: Config) -> int:
-    """Rows of each sequence in a training forward: the clean ones and the drafted ones."""
-    return config.data.seq_length + config.drafted_rows
-
-
-def row_multiple(config: Config) -> int:
-    """The rows of one sequence on one context-parallel rank must be a multiple of this.
-
-    Sequence parallelism deals them to the tensor group, and FP8 wants whole blocks of (rows x sequences) on each.
-    """
-    ranks = config.parallel.tensor if config.parallel.sequence else 1
-    if config.precision.fp8 == "none":
-        return ranks
-    align = RECIPES[config.precision.fp8].align
-    return ranks * align // math.gcd(align, config.train.micro_batch_size)
-
-
-def _check_recompute(config: Config) -> None:
-    p = config.parallel
-    layers = config.model.num_layers // (p.pipeline * p.virtual_pipeline)
-    if p.recompute == "full" and layers % p.recompute_layers:  # megatron would ask for a layer that does not exist
-        _refuse("parallel.recompute_layers", p.recompute_layers, f"a divisor of the layers of one stage ({layers})")
+def possible_recipes(machine: Machine) -> list[str]:
+    """The FP8 recipes that this machine can compute."""
+    return [] if machine.engine is None else [name for name, recipe in RECIPES.items() if not recipe.missing(machine)]
 
 
 def _check_gradient_fusion(config: Config, machine: Machine, layers: str) -> None:
@@ -207,21 +150,14 @@ def _check_gradient_fusion(config: Config, machine: Machine, layers: str) -> Non
 
 def _check_offload(config: Config, machine: Machine) -> None:
     """The limits of megatron's HybridDeviceOptimizer."""
-    share, p = config.parallel.optimizer_offload, config.precision
+    share, problem = config.parallel.optimizer_offload, None
     if share == 0:
         return
-    problem = None
     if machine.capability is None:
         problem = "there is no GPU whose memory it could spare"
     elif machine.engine is None:
         # with torch's Adam on the GPU, megatron cannot tell the two optimizers' states apart in a checkpoint
         problem = f"the share on the GPU needs Transformer Engine's Adam ({machine.why_no_engine})"
-    elif not config.parallel.distributed_optimizer:
-        problem = "it works on the shards of parallel.distributed_optimizer"
-    elif p.dtype != "bf16":
-        problem = "it restores float32 copies of bf16 weights, and precision.dtype is fp32"
-    elif p.fp8_param_gather and p.fp8 != "delayed":
-        problem = "precision.fp8_param_gather works with it only under delayed scaling"
     if problem:
         _refuse("parallel.optimizer_offload", share, f"0 here: {problem}")
 
@@ -277,5 +213,4 @@ def _install(machine: Machine) -> str:
     return f"install it: {INSTALL}" if machine.capability is not None and machine.engine is None else ""
 
 
-def _refuse(key: str, value: object, allowed: str, way_out: str = "") -> None:
-    raise ConfigError(f"{key} = {value}: must be {allowed}" + (f"; {way_out}" if way_out else ""))
+_refuse = functools.partial(require, False)

@@ -69,8 +69,8 @@ def _shape(config: Config) -> dict:
         "attention_dropout": 0.0,
         "init_method_std": m.init_std,
         # megatron keeps layers of one kind as one tensor on disk, and the causal layer is of another
-        "hetereogenous_dist_checkpoint": config.has_causal_block,
-        "mtp_num_layers": m.mtp_num_layers if config.has_depths else None,
+        "hetereogenous_dist_checkpoint": config.traits.has_causal_block,
+        "mtp_num_layers": m.mtp_num_layers if config.traits.has_depths else None,
     }
 
 

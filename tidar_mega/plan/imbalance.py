@@ -45,7 +45,7 @@ def _documents(length: int, mean: float, draw: random.Random) -> list[int]:
 
 
 def _setting(config: Config) -> tuple[int, int, float]:
-    fraction = config.train.draft_fraction if config.drafts_blocks else 0.0
+    fraction = config.train.draft_fraction if config.traits.drafts_blocks else 0.0
     return config.train.block, config.parallel.context, fraction
 
 

@@ -6,12 +6,11 @@ order tp-cp-ep-dp-pp): that decides which groups stay inside a node.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 
 from tidar_mega.config import Config, ConfigError, check_batch
-from tidar_mega.plan.parameters import adapter_parameters, padded_vocab_size, stage_parameters
+from tidar_mega.plan.parameters import adapter_parameters, stage_parameters
 
 
 @dataclass(frozen=True)
@@ -51,19 +50,13 @@ class Layout:
 
         A context-parallel rank's mask rows are filled up to a fixed number of slots (`parallel/balance.py`).
         """
-        length, drafted, p = self.config.data.seq_length, self.config.drafted_rows, self.config.parallel
-        if p.context == 1:
-            return length + drafted
+        config, context = self.config, self.config.parallel.context
+        if context == 1:
+            return config.forward_rows
         from tidar_mega.parallel.balance import mask_slots
 
-        return length // p.context + mask_slots(length, drafted, p.context, self.config.train.block, self.row_multiple)
-
-    @property
-    def row_multiple(self) -> int:
-        """What a context-parallel rank's rows are filled up to a multiple of: the tensor group's ranks with sequence
-        parallelism, times what FP8 products want of the rows of a micro-batch (`model/precision.py`)."""
-        align = {"none": 1, "mxfp8": 32}.get(self.config.precision.fp8, 16)
-        return self.residual_split * align // math.gcd(align, self.config.train.micro_batch_size)
+        length, drafted = config.data.seq_length, config.drafted_rows
+        return length // context + mask_slots(length, drafted, context, config.train.block, config.row_multiple)
 
     @cached_property
     def keys(self) -> int:
@@ -99,7 +92,7 @@ class Layout:
     def layers_of(self, stage: int) -> int:
         """Layers that a micro-batch passes in a visit to a stage, multi-token prediction's on the last among them."""
         is_last = stage == self.config.parallel.pipeline - 1
-        return self.chunk_layers + (self.config.rows_per_place - 1 if self.config.has_depths and is_last else 0)
+        return self.chunk_layers + (self.config.rows_per_place - 1 if self.config.traits.has_depths and is_last else 0)
 
     def describe(self) -> str:
         p = self.config.parallel
@@ -122,4 +115,4 @@ def make_layout(config: Config, vocab_size: int, gpus: int) -> Layout:
             "set it to that or to null, or change --gpus"
         )
     check_batch(config, data)
-    return Layout(config, padded_vocab_size(config, vocab_size), data)
+    return Layout(config, config.padded_vocab_size(vocab_size), data)

@@ -14,7 +14,7 @@ def layer_parameters(config: Config) -> int:
 
 def causal_input_parameters(config: Config) -> int:
     """Weights before the causal layer of self-speculative masked diffusion that are multiplied with every row."""
-    return 3 * config.model.hidden_size**2 if config.has_causal_block else 0
+    return 3 * config.model.hidden_size**2 if config.traits.has_causal_block else 0
 
 
 def depth_parameters(config: Config) -> int:
@@ -24,11 +24,6 @@ def depth_parameters(config: Config) -> int:
 
 def head_parameters(config: Config, vocab_size: int) -> int:
     return config.model.hidden_size * vocab_size
-
-
-def padded_vocab_size(config: Config, vocab_size: int) -> int:
-    """Rows of the embedding and the head: `vocab_size` rounded up to model.vocab_multiple."""
-    return -(-vocab_size // config.model.vocab_multiple) * config.model.vocab_multiple
 
 
 def norm_parameters(config: Config) -> int:
@@ -56,18 +51,18 @@ def adapter_parameters(config: Config, tensor: int = 1) -> int:
 def total_parameters(config: Config, vocab: int) -> int:
     """All weights of the model, tied ones once. `vocab` is the padded size."""
     layer = layer_parameters(config) + norm_parameters(config) + bias_parameters(config) + adapter_parameters(config)
-    tables = (1 if config.model.tie_embeddings else 2) + config.has_causal_block
+    tables = (1 if config.model.tie_embeddings else 2) + config.traits.has_causal_block
     own = config.model.num_layers * layer + causal_input_parameters(config) + _causal_norms(config)
     own += _depths(config) * (layer + depth_parameters(config) - layer_parameters(config) + _depth_norms(config))
     return own + config.model.hidden_size + tables * head_parameters(config, vocab)
 
 
 def _causal_norms(config: Config) -> int:
-    return 2 * config.model.hidden_size if config.has_causal_block else 0
+    return 2 * config.model.hidden_size if config.traits.has_causal_block else 0
 
 
 def _depths(config: Config) -> int:
-    return config.model.mtp_num_layers if config.has_depths else 0
+    return config.model.mtp_num_layers if config.traits.has_depths else 0
 
 
 def _depth_norms(config: Config) -> int:
@@ -92,11 +87,11 @@ def stage_parameters(config: Config, vocab: int, stage: int) -> int:
     if is_last:
         is_same_table = is_first and m.tie_embeddings
         total += m.hidden_size + (0 if is_same_table else table)
-        if config.has_causal_block:
+        if config.traits.has_causal_block:
             total += causal_input_parameters(config) + _causal_norms(config) + table
         split = depth_parameters(config) + bias_parameters(config)
         norms = norm_parameters(config) + _depth_norms(config)
         total += _depths(config) * (split // p.tensor + norms)
-        if config.has_depths and not is_first and not m.tie_embeddings:
+        if config.traits.has_depths and not is_first and not m.tie_embeddings:
             total += table  # a copy of the embedding
     return total

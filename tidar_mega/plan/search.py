@@ -12,7 +12,6 @@ from tidar_mega.plan.hardware import Hardware
 from tidar_mega.plan.imbalance import whole_sequence
 from tidar_mega.plan.layout import Layout
 from tidar_mega.plan.memory import Memory, fullest_stage
-from tidar_mega.plan.parameters import padded_vocab_size
 from tidar_mega.plan.timing import Timing, predict
 
 MICRO_BATCHES = (1, 2, 4, 8, 16)
@@ -50,12 +49,13 @@ class Found:
 
 def search(config: Config, vocab_size: int, gpus: int, hardware: Hardware) -> Found:
     """Tries tensor (inside a node), pipeline, virtual pipeline, context, micro-batch and recompute for `config`."""
-    found, vocab = Found(), padded_vocab_size(config, vocab_size)
-    for shape in _shapes(config, gpus, int(hardware.gpus_per_node), found):
+    found, vocab = Found(), config.padded_vocab_size(vocab_size)
+    for shape in _shapes(config, gpus, int(hardware.gpus_per_node)):
         data = gpus // shape.parallel.model_size
         for size in MICRO_BATCHES:
             candidate = replace(shape, train=replace(shape.train, micro_batch_size=size))
             try:
+                config_module.check(candidate)
                 config_module.check_batch(candidate, data)
             except ConfigError as error:
                 found.refuse(error)
@@ -65,8 +65,8 @@ def search(config: Config, vocab_size: int, gpus: int, hardware: Hardware) -> Fo
     return found
 
 
-def _shapes(config: Config, gpus: int, node: int, found: Found) -> Iterator[Config]:
-    """Allowed combinations of tensor, pipeline, virtual pipeline and context; parallel.data is what is left."""
+def _shapes(config: Config, gpus: int, node: int) -> Iterator[Config]:
+    """Combinations of tensor, pipeline, virtual pipeline and context; parallel.data is what is left."""
     for tensor in _powers(min(gpus, node)):
         for pipeline in _divisors(gpus // tensor):
             for virtual in _virtual(config.model.num_layers, pipeline):
@@ -81,19 +81,17 @@ def _shapes(config: Config, gpus: int, node: int, found: Found) -> Iterator[Conf
                         data=None,
                         recompute="none",
                     )
-                    candidate = replace(config, parallel=parallel)
-                    try:
-                        config_module.check(candidate)
-                    except ConfigError as error:
-                        found.refuse(error)
-                        continue
-                    yield candidate
+                    yield replace(config, parallel=parallel)
 
 
 def _consider(config: Config, vocab: int, data: int, hardware: Hardware, found: Found) -> None:
     for recompute in RECOMPUTE:
         parallel = replace(config.parallel, recompute=recompute, recompute_layers=1)
         layout = Layout(replace(config, parallel=parallel), vocab, data)
+        try:
+            config_module.check(layout.config)
+        except ConfigError:  # such as full recomputation of multi-token prediction
+            continue
         _, memory = fullest_stage(layout)
         if memory.total <= hardware.usable_bytes:
             found.best.append(Candidate(layout, memory, predict(layout, hardware, whole_sequence(layout.config))))

@@ -32,16 +32,16 @@ def sequence_work(config: Config) -> Work:
     section 3.1), the mean over which blocks are drafted; (B - 1) / 2 fewer per mask where blocks are causal (I-DLM).
     """
     length, block, drafted = config.data.seq_length, config.train.block, config.drafted_rows
-    if not config.is_left_to_right:
+    if not config.traits.is_left_to_right:
         return _any_to_any_work(config)
-    if config.has_depths:
+    if config.traits.has_depths:
         return _multi_token_work(config)
     tile = min(ATTENTION_TILE, length)
-    unseen = (block - 1) / 2 if config.method == "idlm" else 0
-    masked = (block + 1) / (2 * block) if config.method == "block_diffusion" else 1  # others have no loss
+    unseen = (block - 1) / 2 if config.traits.causal_in_group else 0
+    masked = (block + 1) / (2 * block) if config.traits.masks_in_part else 1  # others have no loss
     below, own = (length + drafted) * (length + tile) / 2, drafted * max(tile, block)
     return Work(
-        rows=length + drafted,
+        rows=config.forward_rows,
         pairs=length * (length + 1) / 2 + drafted * ((length + block) / 2 - unseen),
         tile_pairs=below + own,
         head_rows=length + round(drafted * masked),
@@ -59,8 +59,8 @@ def _multi_token_work(config: Config) -> Work:
 def _any_to_any_work(config: Config) -> Work:
     """Masked diffusion: every row sees every row, and (S + 1) / 2 of S are masked, the mean over how many are. A causal
     block has S rows of its own that see one another in a random order, so that no whole tile can be skipped."""
-    length, halves = config.data.seq_length, 1 + config.has_causal_block
-    causal_pairs = length * (length + 1) / 2 if config.has_causal_block else 0
+    length, halves = config.data.seq_length, 1 + config.traits.has_causal_block
+    causal_pairs = length * (length + 1) / 2 if config.traits.has_causal_block else 0
     return Work(length * halves, length**2 + causal_pairs, float(length**2), halves * (length + 1) / 2)
 
 
@@ -72,10 +72,10 @@ def through_layers(config: Config, rows: float, pairs: float) -> tuple[float, fl
     D rows have D^2 pairs in the former and D (D + 1) / 2 in the latter, which says how many of `pairs` are where.
     """
     layers = config.model.num_layers
-    if config.has_depths:
+    if config.traits.has_depths:
         per_row = (layers + config.model.mtp_num_layers) / config.rows_per_place
         return rows * per_row, pairs * per_row
-    if not config.has_causal_block:
+    if not config.traits.has_causal_block:
         return rows * layers, pairs * layers
     noncausal = (2 * pairs - rows / 2) / 3
     return rows / 2 * layers, (layers - 1) * noncausal + (pairs - noncausal)
@@ -84,7 +84,7 @@ def through_layers(config: Config, rows: float, pairs: float) -> tuple[float, fl
 def _dense_flops(config: Config, layer_rows: float) -> float:
     """Forward of all matrices but the head, for rows added up over the layers."""
     m, layer = config.model, layer_parameters(config)
-    if config.has_depths:
+    if config.traits.has_depths:
         share = m.mtp_num_layers / (m.num_layers + m.mtp_num_layers)
         return 2 * (layer + share * (depth_parameters(config) - layer)) * layer_rows
     return 2 * layer * layer_rows + 2 * causal_input_parameters(config) * layer_rows / m.num_layers

@@ -225,7 +225,7 @@ class Run:
 
     def _figures(self, norm: float, lr: float) -> dict[str, float]:
         config, speed, progress = self.task.config, self.speed, self.state.progress
-        vocab = gpt.padded_vocab_size(config, self.stream.tokenizer.vocab_size)
+        vocab = config.padded_vocab_size(self.stream.tokenizer.vocab_size)
         flops = plan.training_flops(config, vocab, speed.rows, speed.pairs, speed.head_rows)
         peak = device.peak_flops(config.precision.dtype) * self.task.mesh.world_size
         return {

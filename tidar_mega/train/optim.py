@@ -109,9 +109,9 @@ def _allocate_state(optimizer: MegatronOptimizer) -> None:
     """Moments as after zero steps: megatron can neither save nor load an optimizer that has none yet."""
     for part in _parts(optimizer):
         if isinstance(part.optimizer, HybridDeviceOptimizer):
-            for named in (part.optimizer.defaults, *part.optimizer.param_groups):
-                # classes, of which it has its own note; with them a checkpoint of its groups could not be read back
-                named |= {"cpu_optimizer_cls": None, "gpu_optimizer_cls": None}
+            for group in part.optimizer.param_groups:
+                # classes, which it reads from its defaults alone; with them a checkpoint could not be read back
+                group |= {"cpu_optimizer_cls": None, "gpu_optimizer_cls": None}
             for inner in part.optimizer.sub_optimizers:
                 _zero_moments(inner)
             part.optimizer._sync_sub_optimizers_state_to_hdo()

@@ -21,7 +21,6 @@ from tidar_mega.config import Config
 from tidar_mega.data.stream import Stream
 from tidar_mega.losses import DraftTerms, RowLosses, cross_entropy, draft_sums
 from tidar_mega.methods import Method, Term
-from tidar_mega.model import precision
 from tidar_mega.model.any_order import AnyOrderAttention
 from tidar_mega.model.attention import AttentionContext, TrainingAttention, choose_backend
 from tidar_mega.model.multi_token import MultiTokenAttention
@@ -174,14 +173,14 @@ def _part(task: Task, rows: Rows) -> Part:
     if task.mesh.context.size() == 1:
         return whole(rows)
     if task.config.rows_per_place > 1:
-        return split_copies(rows, task.mesh.context, task.config.rows_per_place, precision.row_multiple(task.config))
-    return split(rows, task.mesh.context, task.config.train.block, precision.row_multiple(task.config))
+        return split_copies(rows, task.mesh.context, task.config.rows_per_place, task.config.row_multiple)
+    return split(rows, task.mesh.context, task.config.train.block, task.config.row_multiple)
 
 
 def _context(task: Task) -> Callable[[Part, str], AttentionContext]:
-    if task.config.has_depths:
+    if task.config.traits.has_depths:
         return partial(MultiTokenAttention, depths=task.config.model.mtp_num_layers)
-    return AnyOrderAttention if task.config.has_causal_block else TrainingAttention
+    return AnyOrderAttention if task.config.traits.has_causal_block else TrainingAttention
 
 
 def _backbone_rows(task: Task, part: Part) -> int:
