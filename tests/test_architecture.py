@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "tidar_mega"
 MAY_IMPORT = {
     "config": set(),
     "rows": set(),
-    "plan": {"config", "parallel"},  # of parallel only balance.py, which needs no torch
+    "plan": {"config", "parallel", "arguments"},  # of parallel only balance.py, which needs no torch
     "lifetime": set(),
     "launch": {"config", "plan", "lifetime"},
     "device": {"config"},

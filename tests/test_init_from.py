@@ -66,7 +66,7 @@ def weights(path: Path, overrides: list[str]) -> dict[str, torch.Tensor]:
     from tidar_mega.parallel.mesh import build_mesh
 
     checkpoint, config = load.saved(path, ["decode.dtype=bf16", *overrides])
-    config = load.layout(config)
+    config = load.decoding_config(config)
     model = load.load_model(checkpoint, config, build_mesh(config))
     return {name: weight.detach().clone() for name, weight in model.named_parameters()}
 

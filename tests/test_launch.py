@@ -46,7 +46,7 @@ def test_a_task_takes_its_place_from_slurm():
 def test_a_task_in_a_container_whose_hook_sets_ranks_takes_its_whole_place_from_slurm(monkeypatch):
     hook = {"RANK": "9", "LOCAL_RANK": "1", "WORLD_SIZE": "16", "MASTER_ADDR": "gpu07", "MASTER_PORT": "61001"}
     monkeypatch.setattr(os, "environ", {**TASK, **hook})
-    assert slurm.take_place() and os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    assert slurm.take_place()
     assert os.environ["LOCAL_WORLD_SIZE"] == "8" and os.environ["MASTER_PORT"] != "61001"
     monkeypatch.setattr(os, "environ", {**TASK, **hook, "LOCAL_WORLD_SIZE": "2", "RANK": "1"})
     assert slurm.take_place() and os.environ["RANK"] == "1", "torchrun in a task has the last word"
@@ -192,7 +192,7 @@ def test_a_task_waits_while_its_job_comes_back_and_not_in_one_that_is_cancelled(
     comes_back = 'echo "JobId=7 JobState=COMPLETING Restarts=1"; exit'
     ended = 'echo "JobId=7 JobState=COMPLETING Restarts=0"'
     fake(monkeypatch, tmp_path / "bin", "scontrol", f"[ $(wc -l < calls) -gt 2 ] || {{ {comes_back}; }}", ended)
-    for name in ("_ASK_SECONDS", "_END_SECONDS"):
+    for name in ("ASK_SECONDS", "_END_SECONDS"):
         monkeypatch.setattr(jobs, name, 0.0)
     monkeypatch.setattr(jobs.Pretrain, "_run", lambda self, settings: code)
     (tmp_path / "logs" / "7").mkdir(parents=True)

@@ -67,11 +67,18 @@ def test_recomputing_and_overlap_change_nothing(recompute, corpus, alone):
     assert gradients < GRADIENT
 
 
-@pytest.mark.parametrize("method", ["ssmd", "mtp"])
-def test_a_checkpoint_goes_on_under_any_layout(method, corpus, tmp_path):
-    ((path, expected), *_) = processes.run(save_and_go_on, 2, settings(corpus, (2, 1, 1, 1, 1), method), tmp_path)
+@pytest.mark.parametrize(
+    ("method", "tied", "first"),
+    [("ssmd", False, (2, 1, 1, 1, 1)), ("mtp", False, (2, 1, 1, 1, 1)), ("mtp", True, (1, 2, 2, 1, 1))],
+)
+def test_a_checkpoint_goes_on_under_any_layout(method, tied, first, corpus, tmp_path):
+    def config(layout: tuple) -> config_module.Config:
+        found = settings(corpus, layout, method)
+        return replace(found, model=replace(found.model, tie_embeddings=tied))
+
+    ((path, expected), *_) = processes.run(save_and_go_on, 2, config(first), tmp_path)
     for layout in ((1, 2, 2, 1, 1), (1, 1, 1, 2, 1), ALONE):
         size = layout[1] * layout[3]
-        got = torch.tensor(processes.run(load_and_go_on, size, settings(corpus, layout, method), path)[0])
+        got = torch.tensor(processes.run(load_and_go_on, size, config(layout), path)[0])
         error = float(((got - torch.tensor(expected)).abs() / torch.tensor(expected).abs().clamp(min=0.1)).max())
         assert error < LOSS

@@ -107,9 +107,11 @@ def adamw(weights: dict, config) -> dict:
 
 
 @pytest.mark.distributed
-def test_steps_are_adamws_with_clipping_and_exempt_norms_and_a_nan_changes_nothing():
+@pytest.mark.parametrize("distributed", [True, False])
+def test_steps_are_adamws_with_clipping_and_exempt_norms_and_a_nan_changes_nothing(distributed):
     optimizer = {"lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 4, "clip_grad": 0.5, "weight_decay": 0.5, "epsilon": 1e-4}
-    config = settings(train={"steps": STEPS}, optimizer=optimizer)
+    parallel = {"distributed_optimizer": distributed}
+    config = settings(train={"steps": STEPS}, optimizer=optimizer, parallel=parallel)
     ((before, after, later, norm, applied),) = processes.run(three_steps, 1, config)
     for name, wanted in adamw(before, config).items():
         moved = (wanted - before[name]).abs().max()

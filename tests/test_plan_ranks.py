@@ -109,7 +109,7 @@ def test_a_context_rank_has_the_rows_that_the_plan_says(context, sequence, fract
     parallel = {"context": context, "tensor": 2 if sequence else 1, "sequence": sequence}
     config = settings(parallel=parallel, draft_fraction=fraction)
     if fp8 != "none":
-        config = config_module.override(config, [f"precision.fp8={fp8}"])
+        config = config_module.override(config, [f"precision.fp8={fp8}", "model.ffn_hidden_size=192"])
     layout = layout_of(config)
     rows = methods.load(config, MASK).training_rows(clean_rows(1), torch.arange(1))
     group = SimpleNamespace(size=lambda: context, rank=lambda: 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -18,6 +19,17 @@ def positive(word: str) -> int:
     if not word.isdecimal() or int(word) < 1:
         raise argparse.ArgumentTypeError(f"{word}: must be a whole number of 1 or more")
     return int(word)
+
+
+def above_zero(word: str) -> float:
+    """The `type` of an argument that measures something."""
+    try:
+        value = float(word)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{word}: must be a number above 0")
+    return value
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -46,8 +58,9 @@ def write_json(path: Path | None, figures: dict) -> None:
         path.write_text(text)
 
 
-def check_json(path: Path | None) -> None:
-    """Before the work, not after it. Leaves no file, as the work may end by an error."""
+def check_file(option: str, path: Path | None) -> None:
+    """Whether what `option` names can be written, before the work and not after it. Leaves no file, as the work may end
+    by an error. Raises UserError."""
     try:
         if path not in (None, STDOUT):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,4 +69,4 @@ def check_json(path: Path | None) -> None:
             if not existed:
                 path.unlink()
     except OSError as error:
-        raise UserError(f"--json {path}: cannot be written ({error.strerror}); name a file that can") from None
+        raise UserError(f"{option} {path}: cannot be written ({error.strerror}); name a file that can") from None

@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 
 from tidar_mega import config as config_module
-from tidar_mega.arguments import STDOUT, add_json, check_json, file, write_json
+from tidar_mega.arguments import STDOUT, add_json, check_file, file, write_json
 from tidar_mega.config import Config, UserError
 
 # What megatron-core and torch say at import and inside their own calls, on every rank; `tidar doctor` says it once.
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args.arguments = list(arguments)
         figures_to = getattr(args, "json", None)
-        check_json(figures_to)
+        check_file("--json", figures_to)
         with contextlib.redirect_stdout(sys.stderr if figures_to == STDOUT else sys.stdout):
             return args.verb(args) or 0
     except UserError as error:
@@ -175,7 +175,8 @@ def _pretrain_worker(config: Config) -> int:
                 print(found, flush=True)
         if rank == 0:
             launch.begin(config)
-        patience = 30 * config.health.hang_minutes if launch.restart_count() else 0.0  # half of what a hang may take
+        # a rank of the start before may still be ending; the other ranks wait half of what a collective may take
+        patience = 30 * config.parallel.timeout_minutes if launch.restart_count() else 0.0
         progress = train(config, mesh, stop, roll_call, patience)
     stop.ignore()
     dist.destroy_process_group()
@@ -215,6 +216,7 @@ def _add_generate(parser, _) -> None:
 
 def _generate(args) -> int | None:
     prompt = args.prompt if args.prompt is not None else _read_text(args.prompt_file)
+    check_file("--trace", args.trace)
     if (code := _in_ranks(args)) is not None:
         return code
     from tidar_mega.decode import generate
@@ -236,12 +238,13 @@ def _in_ranks(args) -> int | None:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
             args.json = None
         return None
-    processes = load.processes(load.saved(args.checkpoint, args.overrides)[1])
-    if processes == 1:
+    sizes = load.sizes(load.saved(args.checkpoint, args.overrides)[1])
+    if set(sizes.values()) == {1}:
         return None
     import torch
 
-    return launch.run_local(args.arguments, processes, torch.cuda.device_count())
+    gpus = torch.cuda.device_count()
+    return launch.run_local(args.arguments, launch.processes_of("decode", sizes, gpus), gpus)
 
 
 def _read_text(path: Path) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import os
 import platform
 import resource
 import sys
@@ -81,6 +82,9 @@ def device() -> torch.device:
 def start_process_group(config: Config, local_rank: int) -> None:
     """Joins the world that the launcher described in RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."""
     if has_cuda():
+        # read when CUDA starts: one queue, so that kernels run in the order in which megatron launches them, a transfer
+        # before the product that hides it
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(local_rank)
     timeout = timedelta(minutes=config.parallel.timeout_minutes)
     torch.distributed.init_process_group("nccl" if has_cuda() else "gloo", timeout=timeout)

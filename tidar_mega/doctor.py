@@ -217,6 +217,6 @@ def _shards(folder: Path) -> Finding:
 
     try:
         verify(folder)
-    except UserError as error:
+    except (UserError, OSError) as error:
         return Finding(f"data {folder}", MISSING, str(error), "run `tidar prepare` again")
     return Finding(f"data {folder}", OK, "every shard has the sha256 of its index")

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=positive, default=64, help="longest continuation")
     parser.add_argument("--repeats", type=positive, default=3, help="of each way of decoding, in turn")
     parser.add_argument("--batches", type=positive, nargs="+", default=[1, 4, 16], help="requests decoded at once")
-    parser.add_argument("--blocks", type=positive, nargs="+", default=[2, 4, 8, 16], help="draft lengths")
+    parser.add_argument("--blocks", type=positive, nargs="+", help="draft lengths; the trained one and powers of 2")
     parser.add_argument("--outcomes", nargs="+", default=["all"], help="all, last, none, auto or a list such as 1,4")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
     parser.add_argument("--no-peers", action="store_true", help="leave transformers out")
@@ -58,12 +58,13 @@ def run(args: argparse.Namespace) -> dict:
     data = loaded.config.data
     stream = open_stream(data.path, "validation", data.seq_length, loaded.config.train.seed)
     prompts = held_out_prompts(stream, args.prompts, args.prompt_tokens)
+    args.blocks = args.blocks or _blocks(loaded.engine)
     if "auto" in args.outcomes:  # measured once, as far as is needed
         loaded.latency(max(args.blocks))
     with tempfile.TemporaryDirectory() as folder:
         peer = None if args.no_peers else _peer(loaded, Path(folder))
         figures = compare(loaded, prompts, args, peer)
-    figures |= held_out_loss(loaded.engine, stream, loaded.tokenizer.token_bytes)
+    figures |= loaded.mesh.from_head(held_out_loss(loaded.engine, stream, loaded.tokenizer.token_bytes))
     parameters = total_parameters(loaded.config, loaded.tokenizer.vocab_size)
     figures |= {"parameters": parameters, "checkpoint": str(loaded.checkpoint)}
     if loaded.mesh.is_main:
@@ -71,6 +72,12 @@ def run(args: argparse.Namespace) -> dict:
         if args.plot:
             plot(figures, args.plot)
     return figures
+
+
+def _blocks(engine: Engine) -> list[int]:
+    """The trained draft length and, beside it, powers of 2 as far as its drafter goes."""
+    longest = 1 + engine.drafter.depths if engine.drafter.depths else 16
+    return sorted({engine.block, *(block for block in (2, 4, 8, 16) if block <= longest)})
 
 
 @dataclass

@@ -102,7 +102,7 @@ class Judge:
             raise UserError(
                 f"--judge {path}: its tokenizer is not that of {of.checkpoint}; train both on one data.path"
             )
-        config = load.layout(config)
+        config = load.decoding_config(config)
         self.model = InferenceModel(load.load_model(checkpoint, config, build_mesh(config)))
         self.length, self._data = of.config.data.seq_length, of.config.data.path
         self.known = quality.vocabulary(self._stream("train", quality.WINDOW))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from tidar_mega import device, methods
 from tidar_mega.arguments import positive
 from tidar_mega.bench.plain import PlainModel
 from tidar_mega.bench.text import RandomText
-from tidar_mega.config import Config
+from tidar_mega.config import Config, UserError
 from tidar_mega.model import gpt
 from tidar_mega.parallel.mesh import build_mesh
 from tidar_mega.rows import Rows
@@ -149,5 +150,7 @@ def _settings(args: argparse.Namespace) -> dict:
 def _peak_memory(args: argparse.Namespace, name: str) -> int:
     setting = [f"--{key.replace('_', '-')}={getattr(args, key)}" for key in _SETTING]
     command = [sys.executable, "-m", "tidar_mega.cli", "bench", "train", *setting, "--only", name]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise UserError(f"`{shlex.join(command)}` ended with code {done.returncode}, see above")
     return json.loads(done.stdout.splitlines()[-1])["peak_memory_bytes"]

@@ -9,7 +9,7 @@ Shape suffixes: G key heads, F query heads of one key head, E head width, D hidd
 from __future__ import annotations
 
 import json
-import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -105,15 +105,15 @@ def export(model: HybridGPT, config: Config, tokenizer: Path, about_tokens: dict
     """
     if folder.exists():
         raise UserError(f"{folder}: exists already; name a new folder")
-    about, new = description(config, model, eod), folder.with_name(folder.name + ".new")
+    about = description(config, model, eod)
     try:
-        shutil.rmtree(new, ignore_errors=True)
-        copy_files(tokenizer, new)
-        (new / "tokenizer_config.json").write_text(json.dumps(about_tokens, indent=1) + "\n")
-        (new / "config.json").write_text(json.dumps(about, indent=1) + "\n")
-        save_file(weights(model), new / "model.safetensors", metadata={"format": "pt"})
-        new.rename(folder)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as beside:
+            new = Path(beside) / folder.name
+            copy_files(tokenizer, new)
+            (new / "tokenizer_config.json").write_text(json.dumps(about_tokens, indent=1) + "\n")
+            (new / "config.json").write_text(json.dumps(about, indent=1) + "\n")
+            save_file(weights(model), new / "model.safetensors", metadata={"format": "pt"})
+            new.rename(folder)
     except OSError as error:
-        shutil.rmtree(new, ignore_errors=True)
         raise CheckpointError(f"{folder}: cannot be written ({error.strerror}); free space or name another") from None
     return folder

@@ -270,6 +270,7 @@ def _check_decode(config: Config) -> None:
     require(0 < d.top_p <= 1, "decode.top_p", d.top_p, "above 0 and at most 1")
     require(0 <= d.beta <= 1, "decode.beta", d.beta, "from 0 (trust the masks) to 1 (trust AR, exact)")
     require(0 < d.threshold <= 1, "decode.threshold", d.threshold, "above 0 and at most 1")
+    require(all(d.stop), "decode.stop", d.stop, "texts that are not empty")
     require(d.block is None or d.block > 0, "decode.block", d.block, "1 or more")
     require(d.cache_tokens is None or d.cache_tokens > 0, "decode.cache_tokens", d.cache_tokens, "1 or more")
     named = d.outcomes in ("auto", "all", "last", "none")

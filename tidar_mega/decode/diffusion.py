@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from tidar_mega import device
-from tidar_mega.config import Config, ConfigError
+from tidar_mega.config import Config, ConfigError, require
 from tidar_mega.data.tokenizer import Tokenizer
 from tidar_mega.decode import load
 from tidar_mega.methods import generator
@@ -235,12 +235,9 @@ def load_denoiser(path: str | Path, overrides: list[str] | tuple[str, ...] = ())
             f"method = {config.method}: {path} is not a masked diffusion run; name one of method ssmd or "
             "masked_diffusion, or decode this one with `tidar generate`"
         )
-    if load.processes(config) > 1:
-        raise ConfigError(
-            f"decode.tensor, pipeline, data = {config.decode.tensor}, {config.decode.pipeline}, {config.decode.data}: "
-            "must be 1 for masked diffusion, which is sampled in one process"
-        )
-    config = load.layout(config)
+    for name, size in load.sizes(config).items():
+        require(size == 1, f"decode.{name}", size, "1 for masked diffusion, which is sampled in one process")
+    config = load.decoding_config(config)
     device.start_alone()
     mesh, tokenizer = build_mesh(config), Tokenizer.load(checkpoint / "tokenizer")
     denoiser = Backbone(load.load_model(checkpoint, config, mesh), config, tokenizer)

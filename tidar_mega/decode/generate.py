@@ -41,7 +41,7 @@ def run(path: Path, overrides: list[str], prompt: str, show_commits: bool, trace
             printer.mark()
     printer.end()
     seconds = time.perf_counter() - started
-    if trace_to is not None:
+    if trace_to is not None and loaded.mesh.is_main:
         trace.write(commits, loaded.tokenizer.decode, trace_to)
     return _summary(printer.text, [commit.tokens for commit in commits], seconds, show_commits)
 

@@ -25,6 +25,16 @@ from tidar_mega.model.inference import InferenceModel
 from tidar_mega.parallel.mesh import Mesh, build_mesh
 
 
+def sampling_params(config: Config) -> SamplingParams:
+    """What `decode.*` says of how tokens are chosen. Raises ConfigError."""
+    d = config.decode
+    names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "acceptance", "beta", "threshold")
+    try:
+        return SamplingParams(**{name: getattr(d, name) for name in names}, stop_strings=tuple(d.stop))
+    except UserError as error:
+        raise ConfigError(f"decode.{error}") from None
+
+
 @dataclass(frozen=True)
 class Loaded:
     engine: Engine
@@ -35,19 +45,7 @@ class Loaded:
 
     @property
     def params(self) -> SamplingParams:
-        """The sampling parameters that `decode.*` says."""
-        d = self.config.decode
-        return SamplingParams(
-            max_tokens=d.max_tokens,
-            temperature=d.temperature,
-            top_k=d.top_k,
-            top_p=d.top_p,
-            seed=d.seed,
-            stop_strings=tuple(d.stop),
-            acceptance=d.acceptance,
-            beta=d.beta,
-            threshold=d.threshold,
-        )
+        return sampling_params(self.config)
 
     def latency(self, block: int) -> Curves:
         """The latency curves of this machine, as far as drafts of `block` tokens: the stored ones, or measured and
@@ -94,9 +92,9 @@ def saved(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> tupl
     return checkpoint, config_module.override(store.saved_config(store.read_meta(checkpoint)), overrides)
 
 
-def processes(config: Config) -> int:
-    """How many ranks decode together."""
-    return config.decode.tensor * config.decode.pipeline * config.decode.data
+def sizes(config: Config) -> dict[str, int]:
+    """The layout of decoding: its product is how many ranks decode together."""
+    return {name: getattr(config.decode, name) for name in ("tensor", "pipeline", "data")}
 
 
 def load_engine(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Loaded:
@@ -106,8 +104,9 @@ def load_engine(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     """
     checkpoint, config = saved(path, overrides)
     _check_left_to_right(config, path)
-    config = layout(config)
-    if processes(config) == 1:
+    sampling_params(config)  # refuses what cannot be, before anything is loaded
+    config = decoding_config(config)
+    if set(sizes(config).values()) == {1}:
         device.start_alone()
     else:
         device.start_process_group(config, int(os.environ.get("LOCAL_RANK", "0")))
@@ -154,7 +153,7 @@ def export(path: Path, overrides: list[str] | tuple[str, ...], folder: Path) -> 
     """Writes a checkpoint as a Hugging Face model in `decode.dtype`. Raises CheckpointError, ConfigError, UserError."""
     checkpoint, config = saved(path, [*overrides, "decode.tensor=1", "decode.pipeline=1", "decode.data=1"])
     _check_left_to_right(config, path)
-    config = layout(config)
+    config = decoding_config(config)
     if config.lora.rank:
         raise UserError(
             f"{checkpoint}: its adapters act on mask rows alone, which a Hugging Face model does not have, and merged "
@@ -180,12 +179,12 @@ def _check_left_to_right(config: Config, path: str | Path) -> None:
         )
 
 
-def layout(config: Config) -> Config:
+def decoding_config(config: Config) -> Config:
     """Decoding has its own precision and its own layout; of the layers it wants only the weights."""
-    d = config.decode
+    d, timeout = config.decode, config.parallel.timeout_minutes
     return replace(
         config,
-        parallel=config_module.ParallelConfig(tensor=d.tensor, pipeline=d.pipeline, data=d.data),
+        parallel=config_module.ParallelConfig(**sizes(config), timeout_minutes=timeout),
         precision=config_module.PrecisionConfig(dtype=d.dtype, layers="local"),
         train=replace(config.train, global_batch_size=d.data, micro_batch_size=1),
     )

@@ -10,14 +10,18 @@ from tidar_mega.config import UserError
 from tidar_mega.data.stream import Stream
 from tidar_mega.decode.requests import Generation, mean_tokens
 
+MOST_WINDOWS = 4096  # of a validation stream, which may be large, are looked at for prompts
+
 
 def held_out_prompts(stream: Stream, count: int, length: int) -> list[list[int]]:
-    """`count` prompts of `length` tokens from windows spread evenly over a validation stream, always the same.
+    """`count` prompts of `length` tokens from (at most MOST_WINDOWS) windows spread evenly over a validation stream,
+    always the same.
 
     Each is the start of the longest piece of one document in its window. Raises UserError if too few windows have a
     piece that long.
     """
-    pieces = (_longest_piece(stream, i) for i in range(stream.samples_per_epoch))
+    windows = range(0, stream.samples_per_epoch, -(-stream.samples_per_epoch // MOST_WINDOWS))
+    pieces = (_longest_piece(stream, i) for i in windows)
     long_enough = [piece[:length] for piece in pieces if len(piece) >= length]
     if len(long_enough) < count:
         raise UserError(

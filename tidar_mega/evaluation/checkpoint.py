@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from tidar_mega.checkpoint import store
 from tidar_mega.data.stream import open_stream
 from tidar_mega.decode import trace
 from tidar_mega.decode.load import Loaded, load_engine
@@ -29,19 +31,26 @@ def run(args: argparse.Namespace, draw: Draw) -> dict:
     data = loaded.config.data
     stream = open_stream(data.path, "validation", data.seq_length, loaded.config.train.seed)
     prompts = held_out_prompts(stream, args.prompts, args.prompt_tokens)
+    step = store.read_meta(loaded.checkpoint)["step"]
     fused, ar, commits = _decode(loaded, prompts, args.max_tokens)
-    step = int(loaded.checkpoint.name.removeprefix("step_"))
-    figures = held_out_loss(loaded.engine, stream, loaded.tokenizer.token_bytes, args.sequences)
-    figures |= summarise(loaded.engine.block, fused, ar)
+    loss = held_out_loss(loaded.engine, stream, loaded.tokenizer.token_bytes, args.sequences)
+    figures = loaded.mesh.from_head(loss) | summarise(loaded.engine.block, fused, ar)
     if loaded.mesh.is_main:
-        with (loaded.run_folder / FILE).open("a") as file:
-            file.write(json.dumps({"step": step, **figures}) + "\n")
+        _keep(loaded.run_folder / FILE, {"step": step, **figures})
         numbers = {name: value for name, value in figures.items() if isinstance(value, float)}
         picture = trace.picture(commits, loaded.tokenizer.decode)
         draw(loaded.run_folder, step, numbers, figures["acceptance_histogram"], picture)
         said = " | ".join(f"{name} {value:.4f}" for name, value in numbers.items())
         print(f"evaluation of step {step} | {said}", flush=True)
     return {"step": step, **figures}
+
+
+def _keep(path: Path, line: dict) -> None:
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as error:
+        print(f"{path}: not kept ({error.strerror})", file=sys.stderr)
 
 
 def _decode(

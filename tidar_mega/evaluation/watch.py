@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from tidar_mega.arguments import positive
+from tidar_mega.arguments import above_zero, positive
 from tidar_mega.config import UserError
 
 FILE = "evaluations.jsonl"  # in the run folder, one line for each evaluation
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=positive, default=64, help="longest continuation")
     parser.add_argument("--sequences", type=positive, default=64, help="held-out sequences for the loss")
     parser.add_argument("--watch", action="store_true", help="each new checkpoint, until the run is finished")
-    parser.add_argument("--period", type=float, default=30.0, help="seconds between two looks of --watch")
+    parser.add_argument("--period", type=above_zero, default=30.0, help="seconds between two looks of --watch")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -54,7 +54,9 @@ def _evaluate(path: Path, args: argparse.Namespace) -> None:
 
 def _steps_done(folder: Path) -> set[int]:
     path = folder / FILE
-    return {json.loads(line)["step"] for line in path.read_text().splitlines()} if path.exists() else set()
+    if not path.exists():
+        return set()
+    return {json.loads(line)["step"] for line in path.read_text().splitlines() if line.endswith("}")}  # the whole ones
 
 
 def _is_finished(folder: Path) -> bool:

@@ -2,7 +2,7 @@
 handed to Slurm (`jobs.py`) and go back into its queue until the run is finished (`restarts.py`)."""
 
 from tidar_mega.launch.jobs import submit, sweep
-from tidar_mega.launch.local import local_processes, run_local
+from tidar_mega.launch.local import local_processes, processes_of, run_local
 from tidar_mega.launch.restarts import begin, conclude, finished, note_bad_nodes, note_exit
 from tidar_mega.launch.slurm import restart_count, take_place
 
@@ -13,6 +13,7 @@ __all__ = [
     "local_processes",
     "note_bad_nodes",
     "note_exit",
+    "processes_of",
     "restart_count",
     "run_local",
     "submit",

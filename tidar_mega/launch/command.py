@@ -49,8 +49,7 @@ def run(args) -> int:
         return _show(config, words, r)
     check_cluster(config, r)
     _ask_slurm(jobs.sbatch_command(jobs.script(), words, r))
-    restarts.begin(config)
-    code = jobs.snapshot(config)
+    code = jobs.make_ready(config)
     command = jobs.sbatch_command(code / jobs.script().relative_to(jobs.script().parents[1]), words, r, code)
     job = slurm.ask([command[0], "--parsable", *command[1:]]).strip().split(";")[0]
     note = {"job": job, "output": f"tidar-{job}.out", "command": shlex.join(command)}
@@ -115,8 +114,11 @@ def _follow(config: Config, job: str) -> int:
     run = Path(config.run_dir)
     shown: dict[Path, int] = {Path(f"tidar-{job}.out"): 0, run / "logs" / job / "rank_0.log": 0}
     try:
+        over, ask_at = False, 0.0
         while True:
-            over = not slurm.show(job).get("JobState", "over").startswith(_WAITING)
+            if time.monotonic() >= ask_at:
+                over = not slurm.show(job).get("JobState", "over").startswith(_WAITING)
+                ask_at = time.monotonic() + jobs.ASK_SECONDS
             for path, offset in shown.items():
                 if path.exists():
                     with path.open("rb") as log:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _ROOT = Path(__file__).parents[2]
 _END_SECONDS = 900.0  # for the marker of rank 0 or its requeue, which is tried twice where the controller is away
-_ASK_SECONDS = 10.0  # between two questions to the controller
+ASK_SECONDS = 10.0  # between two questions to the controller
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 _FINAL = (UserError.exit_code, restarts.GAVE_UP)
 
@@ -79,8 +79,7 @@ def _task(config: str | Path, overrides: list[str], r: Resources, executor: str)
         check_cluster(settings, r)
     elif settings.parallel.data is None:  # the processes are started by `tidar pretrain` itself
         overrides = [*overrides, f"parallel.data={r.world_size // settings.parallel.model_size}"]
-    restarts.begin(settings)
-    return Pretrain(str(config), tuple(overrides), str(snapshot(settings))), settings
+    return Pretrain(str(config), tuple(overrides), str(make_ready(settings))), settings
 
 
 def _executor(run_dir: Path, r: Resources, executor: str) -> submitit.AutoExecutor:
@@ -168,7 +167,7 @@ def _wait(settings: Config, code: int) -> None:
     while restarts.finished(settings) is None:
         if time.monotonic() >= ask_at:
             back = restarts.coming_back()
-            ask_at = time.monotonic() + _ASK_SECONDS
+            ask_at = time.monotonic() + ASK_SECONDS
         if back is False:
             raise UserError(f"Slurm ends job {_job()}: cancelled, at its time limit, or another task has failed")
         if back is None and time.monotonic() >= deadline:
@@ -187,6 +186,16 @@ def _first_to_requeue(settings: Config) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+def make_ready(settings: Config) -> Path:
+    """The run folder of a job that is to be submitted, and the copy of the code that it will run. Raises UserError."""
+    try:
+        restarts.begin(settings)
+        return snapshot(settings)
+    except OSError as error:
+        said = f"run_dir = {settings.run_dir}: cannot be written ({error.strerror})"
+        raise UserError(f"{said}; set it to a folder that can") from None
 
 
 def snapshot(settings: Config) -> Path:

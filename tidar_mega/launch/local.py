@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import random
 import signal
@@ -26,12 +27,18 @@ _HINTS = {
 def local_processes(config: Config, gpus: int) -> int:
     """How many processes to start on this machine, at most one per GPU where there are GPUs. Raises ConfigError."""
     p = config.parallel
-    processes = (p.data or max(1, gpus // p.model_size)) * p.model_size
+    data = p.data or max(1, gpus // p.model_size)
+    sizes = {"tensor": p.tensor, "pipeline": p.pipeline, "context": p.context, "data": data}
+    return processes_of("parallel", sizes, gpus)
+
+
+def processes_of(section: str, sizes: dict[str, int], gpus: int) -> int:
+    """The product of a layout's `sizes`, settings of `section`. Raises ConfigError if there are GPUs, but fewer."""
+    processes = math.prod(sizes.values())
     if 0 < gpus < processes:
         raise ConfigError(
-            f"parallel.tensor x pipeline x context x data = {p.tensor} x {p.pipeline} x {p.context} x {p.data}: this "
-            f"machine has {gpus} GPU(s), one per process; lower one of them, or hide the GPUs (CUDA_VISIBLE_DEVICES=) "
-            "to run on the CPU"
+            f"{section}.{' x '.join(sizes)} = {' x '.join(map(str, sizes.values()))}: this machine has {gpus} GPU(s), "
+            "one per process; lower one of them, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to run on the CPU"
         )
     return processes
 
@@ -48,7 +55,6 @@ def run_local(arguments: list[str], processes: int, gpus: int) -> int:
         "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": _LOOPBACK,
         "MASTER_PORT": str(_free_port()),
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # megatron orders communication before compute through one queue
     }
     environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # at a failure it would warn at length of every lost socket
     if not gpus:

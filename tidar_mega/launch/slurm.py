@@ -62,7 +62,6 @@ def place(slurm: dict | os._Environ) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": re.split(r"\D", slurm.get("SLURM_STEP_TASKS_PER_NODE", "1"))[0],
         "MASTER_ADDR": first_host(nodes),
         "MASTER_PORT": str(port),
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # megatron orders communication before compute through one queue
     }
 
 

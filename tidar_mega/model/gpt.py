@@ -125,6 +125,9 @@ class MultiTokenGPT(HybridGPT):
         super().__init__(*args, **kwargs)
         for layer in self.mtp.layers if self.mtp_process else ():
             layer.cp_group = None  # what it would exchange, the rows say
+        if self.post_process and not self.pre_process and self.share_embeddings_and_output_weights:
+            # the head is this stage's copy of the embedding; megatron makes another weight here, and cannot save it
+            self.output_layer.weight = None
 
     def forward(self, rows: Rows, context: MultiTokenAttention) -> Tensor:
         """As in HybridGPT, for the rows of all depths: the backbone runs the first S, and each depth S more."""

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from tidar_mega import config as config_module
+from tidar_mega.arguments import above_zero
 from tidar_mega.config import Config, UserError
 from tidar_mega.plan import hardware as hardware_module
 from tidar_mega.plan import parameters, report
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hardware", default="h100", help=f"{', '.join(hardware_module.KNOWN)}; h100 by default")
     parser.add_argument("--vocab-size", type=int, help="by default that of data.path's tokenizer, or Qwen's")
     parser.add_argument("--tokens", help="to be trained on, such as 50B or 1T; by default those of train.steps")
-    parser.add_argument("--document-tokens", type=float, default=1000, help="mean length of packed documents")
+    parser.add_argument("--document-tokens", type=above_zero, default=1000, help="mean length of packed documents")
     parser.add_argument("--search", action="store_true", help="find the layouts of --gpus that fit, the fastest first")
     figures = parser.add_argument_group("figures of the hardware, instead of those of --hardware")
     for name, meaning in hardware_module.figures().items():
@@ -75,7 +76,10 @@ def choose_vocab_size(given: int | None, config: Config) -> tuple[int, str]:
         return given, "--vocab-size"
     path = Path(config.data.path) / "tokenizer" / "tidar_tokenizer.json"
     if path.is_file():
-        return json.loads(path.read_text())["vocab_size"], f"the tokenizer of data.path = {config.data.path}"
+        try:
+            return json.loads(path.read_text())["vocab_size"], f"the tokenizer of data.path = {config.data.path}"
+        except (OSError, ValueError, KeyError):
+            raise UserError(f"{path}: damaged; run `tidar prepare` again, or give --vocab-size") from None
     return DEFAULT_VOCAB, f"Qwen's, as {config.data.path} is not prepared; set --vocab-size for another"
 
 

@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import NoReturn
 
 import torch.distributed as dist
@@ -150,10 +151,11 @@ def _missing(roll_call: RollCall, error: BaseException, timeout_minutes: float, 
 def _operation(error: BaseException) -> str:
     """Which call has failed, and where in our code: the first of torch.distributed's own functions in the trace."""
     frames = traceback.extract_tb(error.__traceback__)
-    ours = [f for f in frames if "/tidar_mega/" in f.filename and f.filename != __file__]
+    package = Path(__file__).parents[1]
+    ours = [f for f in frames if Path(f.filename).is_relative_to(package) and f.filename != __file__]
     torchs = [f.name for f in frames if "/torch/distributed/" in f.filename and f.name != "wrapper"]
     name = torchs[0] if torchs else frames[-1].line
-    return f"{name} ({ours[-1].filename.rpartition('/tidar_mega/')[2]}:{ours[-1].lineno})" if ours else str(name)
+    return f"{name} ({Path(ours[-1].filename).relative_to(package)}:{ours[-1].lineno})" if ours else str(name)
 
 
 def _first_line(error: BaseException) -> str:

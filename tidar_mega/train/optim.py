@@ -182,10 +182,14 @@ def update(optimizer: MegatronOptimizer, clip: float, wanted: bool = True) -> tu
     """
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())
-    if not (wanted and math.isfinite(norm)):
-        return norm, False
-    if clip > 0:
+    applied = wanted and math.isfinite(norm)
+    if applied and clip > 0:
         for part in _parts(optimizer):
             decoupled = part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8  # where its gradients are
             clip_grad_by_total_norm_fp32(part.get_parameters(), clip, norm, use_decoupled_grad=decoupled)
-    return norm, bool(optimizer.step_with_ready_grads())
+    if applied:
+        applied = bool(optimizer.step_with_ready_grads())
+    # without the distributed optimizer, the gradient of a float32 weight is now the very memory that those of the next
+    # step are added into, and autograd would add to it as well
+    optimizer.zero_grad()
+    return norm, applied

@@ -30,6 +30,8 @@ from tidar_mega.rows import PADDING, Rows, concatenate, visible_pairs
 
 Sums = dict[str, Tensor]
 
+_VALIDATED_AT_ONCE = 16  # micro-batches for each pipeline stage, whose rows are in memory together
+
 
 @dataclass(frozen=True)
 class Task:
@@ -114,10 +116,14 @@ def _means(task: Task, sums: Sums) -> dict[str, float]:
 @torch.no_grad()
 def validate(task: Task, stream: Stream, sequences: int) -> dict[str, float]:
     """Mean loss of each term in nats and, for the AR rows, nats per byte, over at most `sequences` held-out ones."""
-    count = min(sequences, stream.samples_per_epoch)
+    parallel, count = task.config.parallel, min(sequences, stream.samples_per_epoch)
+    at_once = _VALIDATED_AT_ONCE * task.config.train.micro_batch_size * task.mesh.data_size * parallel.pipeline
+    sums: Sums = {}
     for chunk in task.chunks:
         chunk.eval()
-    sums = _run_schedule(task, list(micro_batches(task, stream, 0, count)), DraftTerms(), forward_only=True)
+    for first in range(0, count, at_once):
+        batch = list(micro_batches(task, stream, first, min(at_once, count - first)))
+        _add(sums, _run_schedule(task, batch, DraftTerms(), forward_only=True))
     for chunk in task.chunks:
         chunk.train()
     return summarise(task, sums)
