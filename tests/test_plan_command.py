@@ -6,6 +6,7 @@ import json
 import resource
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from tidar_mega.plan.hardware import KNOWN, choose
 from tidar_mega.plan.imbalance import packed, whole_sequence
 from tidar_mega.plan.layout import Layout, make_layout
 from tidar_mega.plan.memory import GIB, fp8_share, fullest_stage, stage_memory
+from tidar_mega.plan.parameters import layer_parameters
 from tidar_mega.plan.search import MEMORY, overrides, search
 from tidar_mega.plan.timing import head_seconds, layer_seconds, predict
 
@@ -78,7 +80,11 @@ ERRORS = {
     "parallel.data=8": "parallel.data = 8: 64 GPUs",
     "--hardware=tpu": "must be one of a100",
     "--matmul-efficiency=1.5": "--matmul-efficiency 1.5: must be at most 1",
-    "--nvlink-gbs=0": "--nvlink-gbs 0: must be above 0",
+    "--nvlink-gbs=0": "--nvlink-gbs 0: must be a number above 0",
+    "--memory-gib=nan": "--memory-gib nan: must be a number above 0",
+    "parallel.timeout_minutes=.inf": "parallel.timeout_minutes = inf: must be from 0.01",
+    "optimizer.lr=.inf": "optimizer.lr = inf: must be a number above 0",
+    "model.rotary_base=0": "model.rotary_base = 0.0: must be a number above 0",
     "--tokens=many": "--tokens many: must be a number",
     "--vocab-size=0": "--vocab-size 0",
     "method=tidra": "method = tidra: must be one of tidar, idlm, ",
@@ -178,8 +184,51 @@ def test_recomputation_costs_a_forward():
     [(8, 1, False, 450), (2, 4, False, 450), (16, 1, True, 400), (16, 2, True, 200), (4, 8, True, 50)],
 )
 def test_a_group_that_leaves_the_node_shares_its_network_cards(size, stride, crosses, rate):
-    link = group_link(replace(H100, network_efficiency=1.0), size, stride)
+    link = group_link(replace(H100, network_efficiency=1.0), 256, size, stride)
     assert (link.crosses_nodes, link.bytes_per_second) == (crosses, rate * 1e9)
+
+
+@pytest.mark.parametrize("gpus", [4, 8, 12, 24, 48, 96])
+def test_groups_that_do_not_fit_the_nodes_are_found(gpus):
+    """Every group is written down, with its members in each node of 8."""
+    for stride in (s for s in (1, 2, 4, 8, 24) if gpus % s == 0):
+        for size in (n for n in range(2, gpus // stride + 1) if gpus % (n * stride) == 0):
+            groups = [range(r, r + size * stride, stride) for r in range(gpus) if r // stride % size == 0]
+            members = [Counter(rank // 8 for rank in group) for group in groups]
+            link = group_link(replace(H100, network_efficiency=1.0), gpus, size, stride)
+            assert link.crosses_nodes == any(len(nodes) > 1 for nodes in members), (size, stride)
+            if link.crosses_nodes:
+                fewest = min(count for nodes in members if len(nodes) > 1 for count in nodes.values())
+                assert link.bytes_per_second == min(450, 50 * fewest) * 1e9, (size, stride)
+
+
+def test_a_tied_embedding_in_stages_adds_up_its_two_gradients():
+    shape = ("parallel.pipeline=2", "parallel.tensor=2", "parallel.sequence=true")
+    untied, tied = (
+        {t.what: t for t in transfers(layout(16, *shape, f"model.tie_embeddings={tie}"), H100, 1.0)}
+        for tie in ("false", "true")
+    )
+    extra = tied["gradient of the embedding's copy"]
+    assert tied.keys() - untied.keys() == {extra.what}
+    assert extra.bytes == 4 * 4096 * 151936 / 2 and extra.link.crosses_nodes and extra.exposed == extra.seconds
+
+
+def test_layers_in_bf16_are_gathered_in_bf16():
+    gather = ("precision.fp8=tensorwise", "precision.fp8_param_gather=true")
+    sent = []
+    for kept in (0, 4):
+        plan = layout(64, *gather, f"precision.bf16_first_layers={kept}")
+        sent += [t.bytes for t in transfers(plan, H100, 1.0) if "weights" in t.what]
+    per_layer = layer_parameters(plan.config) / plan.config.parallel.tensor * (plan.shards - 1) / plan.shards
+    assert sent[1] - sent[0] == pytest.approx(4 * per_layer)
+
+
+def test_a_search_uses_every_gpu():
+    config = config_module.load(CONFIG, ["train.global_batch_size=600"])
+    for gpus in (7, 12, 20, 100):
+        found = search(config, 151936, gpus, H100)
+        assert {c.layout.gpus for c in found.best} <= {gpus}
+    assert found.best
 
 
 def test_gradients_and_weights_are_sent_once_a_step():

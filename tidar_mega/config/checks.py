@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 
 from tidar_mega.config.errors import require
@@ -14,6 +15,9 @@ _ABOVE_ZERO = (
     "model.num_attention_heads",
     "model.num_query_groups",
     "model.vocab_multiple",
+    "model.rotary_base",
+    "model.norm_epsilon",
+    "model.init_std",
     "data.seq_length",
     "train.steps",
     "train.global_batch_size",
@@ -32,7 +36,6 @@ _ABOVE_ZERO = (
     "parallel.virtual_pipeline",
     "parallel.context",
     "parallel.recompute_layers",
-    "parallel.timeout_minutes",
     "checkpoint.interval",
     "checkpoint.keep_last",
     "log.interval",
@@ -74,9 +77,9 @@ def check(config: Config) -> None:
     m, t, o, p = config.model, config.train, config.optimizer, config.parallel
     _choice("method", config.method, METHODS)
     for key in _ABOVE_ZERO:
-        require(_value(config, key) > 0, key, _value(config, key), "a number above 0")
+        require(0 < _value(config, key) < math.inf, key, _value(config, key), "a number above 0")
     for key in _ZERO_OR_MORE:
-        require(_value(config, key) >= 0, key, _value(config, key), "0 or more")
+        require(0 <= _value(config, key) < math.inf, key, _value(config, key), "a number of 0 or more")
     _choice("model.attention", m.attention, ("auto", "dense", "tiles", "flex"))
     _choice("precision.dtype", config.precision.dtype, ("bf16", "fp32"))
     _choice("precision.layers", config.precision.layers, ("auto", "local", "te"))
@@ -175,6 +178,8 @@ def _check_parallel(config: Config) -> None:
         require(ok, "parallel.overlap_param_gather", True, allowed)
     require(p.bucket_size is None or p.bucket_size > 0, "parallel.bucket_size", p.bucket_size, "1 or more, or null")
     _check_offload(config)
+    minutes, allowed = p.timeout_minutes, "from 0.01 to 100000"  # what the clocks of torch's backends can count
+    require(0.01 <= minutes <= 100_000, "parallel.timeout_minutes", minutes, allowed)
     if p.data is not None:
         require(p.data > 0, "parallel.data", p.data, "a number above 0")
         check_batch(config, p.data)

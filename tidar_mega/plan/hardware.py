@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields, replace
 
 from tidar_mega.config import Config, ConfigError
@@ -59,8 +60,8 @@ def choose(name: str, changes: dict[str, float], config: Config) -> Hardware:
     hardware = replace(KNOWN[name], **changes)
     for figure, value in changes.items():
         option = f"--{figure.replace('_', '-')}"
-        if value < 0 or (value == 0 and figure not in ("fp8_tflops", "reserve_gib")):
-            raise ConfigError(f"{option} {value:g}: must be above 0 ({figures()[figure]})")
+        if not 0 <= value < math.inf or (value == 0 and figure not in ("fp8_tflops", "reserve_gib")):
+            raise ConfigError(f"{option} {value:g}: must be a number above 0 ({figures()[figure]})")
         if figure.endswith("_efficiency") and value > 1:
             raise ConfigError(f"{option} {value:g}: must be at most 1 ({figures()[figure]})")
     fp8 = config.precision.fp8

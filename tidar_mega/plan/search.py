@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -67,7 +68,7 @@ def search(config: Config, vocab_size: int, gpus: int, hardware: Hardware) -> Fo
 
 def _shapes(config: Config, gpus: int, node: int) -> Iterator[Config]:
     """Combinations of tensor, pipeline, virtual pipeline and context; parallel.data is what is left."""
-    for tensor in _powers(min(gpus, node)):
+    for tensor in (t for t in _powers(min(gpus, node)) if gpus % t == 0):
         for pipeline in _divisors(gpus // tensor):
             for virtual in _virtual(config.model.num_layers, pipeline):
                 for context in _divisors(gpus // tensor // pipeline):
@@ -104,7 +105,8 @@ def _powers(most: int) -> list[int]:
 
 
 def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
 
 
 def _virtual(layers: int, pipeline: int) -> list[int]:
