@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -107,20 +108,23 @@ class KernelNorm(torch.autograd.Function):
         return grad, torch.zeros_like(ctx.saved_tensors[1]), None
 
 
-def kept_bytes(config: config_module.Config, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Bytes of all storages that one forward keeps for its backward, weights left out; kernels as on a GPU."""
+def kept_bytes(config: config_module.Config, monkeypatch: pytest.MonkeyPatch, attention=None) -> int:
+    """Bytes of all storages that one forward keeps for its backward, weights left out; kernels as on a GPU.
+
+    `attention` makes the context of a method with several rows for each place from its whole rows.
+    """
     from tidar_mega import methods
     from tidar_mega.model import spec
     from tidar_mega.model.attention import TrainingAttention
-    from tidar_mega.parallel.context import split
+    from tidar_mega.parallel.context import split, whole
 
     monkeypatch.setattr(spec, "has_cuda", lambda: True)  # megatron's fused SwiGLU
     monkeypatch.setattr(spec.Norm, "forward", lambda self, x: KernelNorm.apply(x, self.weight, self.eps))
     mesh, (model,) = start(config)
     rows = methods.load(config, MASK).training_rows(clean_rows(config.train.micro_batch_size), torch.arange(2))
     multiple = config.parallel.tensor if config.parallel.sequence else 1
-    part = split(rows, mesh.context, config.train.block, multiple)
-    context = TrainingAttention(part, "tiles")
+    part = whole(rows) if attention else split(rows, mesh.context, config.train.block, multiple)
+    context = attention(part) if attention else TrainingAttention(part, "tiles")
     attend = context.attend
     context.attend = lambda *args: attend(*args).clone()  # as flex, whose output is put into the order of the rows
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -150,6 +154,27 @@ def test_activations_are_what_a_forward_keeps(shape, recompute, monkeypatch):
     if recompute == "full":  # the layer that is made again is not there yet after a forward
         estimate -= sum(layer_activations(layout).values())
     assert kept_bytes(config, monkeypatch) == pytest.approx(estimate + last_norm(layout), rel=0.03)
+
+
+def test_activations_of_depths_are_what_a_forward_keeps(monkeypatch):
+    from tidar_mega.model.multi_token import MultiTokenAttention
+
+    for depths in (1, 3):
+        config = config_module.override(settings(), ["method=mtp", f"model.mtp_num_layers={depths}"])
+        attention, layout = partial(MultiTokenAttention, backend="tiles", depths=depths), layout_of(config)
+        estimate = activation_bytes(layout, stage=0) + last_norm(layout)
+        assert kept_bytes(config, monkeypatch, attention) == pytest.approx(estimate, rel=0.03)
+
+
+def test_activations_of_a_causal_layer_are_what_a_forward_keeps(monkeypatch):
+    from tidar_mega.model.any_order import AnyOrderAttention
+
+    config = config_module.override(settings(), ["method=ssmd"])
+    layout = layout_of(config)
+    estimate = activation_bytes(layout, stage=0) + last_norm(layout)
+    estimate += config.train.micro_batch_size * 2 * LENGTH**2  # a mask in bfloat16, which no GPU needs
+    kept = kept_bytes(config, monkeypatch, partial(AnyOrderAttention, backend="tiles"))
+    assert kept == pytest.approx(estimate, rel=0.03)
 
 
 def test_recomputation_keeps_less():

@@ -93,6 +93,19 @@ def _layer_input(layout: Layout) -> float:
     return width(layout) * layout.batch_rows * layout.config.model.hidden_size / layout.residual_split
 
 
+def joining_activations(layout: Layout) -> float:
+    """What the last stage keeps of one micro-batch beside its layers: a depth of multi-token prediction, of its three
+    norms and of the projection of two joined states; the causal layer of masked diffusion, of its two input norms, of
+    the projection of three, and of the twice as many rows that leave it."""
+    config, rows = layout.config, layout.batch_rows / layout.residual_split
+    residual = width(layout) * rows * config.model.hidden_size
+    if config.traits.has_depths:
+        return config.model.mtp_num_layers * (5 * residual + 3 * FLOAT32 * rows)
+    if config.traits.has_causal_block:
+        return 6 * residual + 4 * FLOAT32 * rows
+    return 0.0
+
+
 def in_flight(layout: Layout, stage: int) -> int:
     """Visits of micro-batches to a stage whose backward is still to come, at most.
 
@@ -110,6 +123,8 @@ def activation_bytes(layout: Layout, stage: int) -> float:
     """What the forwards in flight keep; with full recomputation also one unit of layers made again."""
     p, m = layout.config.parallel, layout.config.model
     total = in_flight(layout, stage) * layout.layers_of(stage) * kept_per_layer(layout)
+    if stage == p.pipeline - 1 and p.recompute != "full":
+        total += in_flight(layout, stage) * joining_activations(layout)
     if p.recompute == "full":
         total += min(p.recompute_layers, layout.chunk_layers) * sum(layer_activations(layout).values())
         total += in_flight(layout, stage) * FLOAT32 * layout.batch_rows * m.head_width  # RoPE angles
