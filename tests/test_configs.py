@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_hugging_face import make as make_hugging_face
 from tests.test_main_job import make_corpus, metrics, tidar
 from tidar_mega import cli, config
 from tidar_mega.plan.command import choose_gpus
@@ -178,7 +179,11 @@ def test_a_twin_trains(run, corpus):
     for section, names in KEPT.items():
         for name in names:
             assert getattr(getattr(twin, section), name) == getattr(getattr(original, section), name), name
+    if twin.train.init_from == "FOLDER":
+        base = corpus / f"{Path(run).name}_base"
+        make_hugging_face(base, twin.model, 320, corpus / "corpus" / "tokenizer")
+        smaller.append(f"train.init_from={base}")
     out = tidar(corpus, "pretrain", str(ROOT / words[0]), *words[1:], *smaller)
-    assert "done: 2 steps" in out
+    assert "done: 2 steps" in out and (twin.train.init_from is None or f"from {base}" in out)
     losses = [line["loss"] for line in metrics(corpus, run).values()]
     assert len(losses) == 2 and all(math.isfinite(loss) for loss in losses)

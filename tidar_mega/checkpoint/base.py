@@ -1,4 +1,5 @@
-"""The weights that a run begins with, from another run's checkpoint in any layout (`train.init_from`).
+"""The weights that a run begins with (`train.init_from`): another run's checkpoint, in any layout, or a Hugging Face
+model.
 
 They may go on being trained, by any method, or stay frozen under adapters (`model/lora.py`). A checkpoint of adapters
 names its base by path and fingerprint, and is not loaded over another.
@@ -11,7 +12,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from tidar_mega.checkpoint import state, store
+from tidar_mega.checkpoint import hugging_face, state, store
 from tidar_mega.checkpoint.store import CheckpointError
 from tidar_mega.config import Config
 from tidar_mega.config.errors import storage_error
@@ -34,12 +35,13 @@ SHAPE = (
     "norm_epsilon",
     "vocab_multiple",
 )
+_PREPARE = "prepare the text with it: tidar prepare ... --tokenizer"
 _PIECES, _PIECE_BYTES = 64, 4096  # of each file that a fingerprint reads
 
 
 @dataclass(frozen=True)
 class Base:
-    """A checkpoint to begin from: its folder, made absolute, and its fingerprint."""
+    """A checkpoint, or a Hugging Face model, to begin from: its folder, made absolute, and its fingerprint."""
 
     path: Path
     fingerprint: str
@@ -55,7 +57,7 @@ class Base:
     @classmethod
     def _find(cls, path: Path) -> Base:
         try:
-            folder = store.resolve(path).absolute()
+            folder = path.absolute() if hugging_face.is_model(path) else store.resolve(path).absolute()
             return cls(folder, fingerprint(folder))
         except CheckpointError as error:
             raise CheckpointError(f"train.init_from = {path}: {error}") from None
@@ -68,6 +70,18 @@ class Base:
     def load(self, chunks: list[HybridGPT], config: Config, vocab_size: int, tokenizer: Path) -> None:
         """Collective. Puts the checkpoint's weights into the chunks of this rank. Raises CheckpointError if its shape
         or its tokenizer is not theirs."""
+        if hugging_face.is_model(self.path):
+            loaded = self._load_hugging_face(chunks, config, tokenizer)
+        else:
+            loaded = self._load_checkpoint(chunks, config, vocab_size, tokenizer)
+        for i, chunk in enumerate(chunks):
+            weights = loaded[f"model{i}"]
+            state.fill(chunk, weights)
+            for name, weight in chunk.named_parameters():
+                if name in weights:  # one that is kept in FP8 also remembers what its float32 copy is made from
+                    set_weight(weight, weights[name])
+
+    def _load_checkpoint(self, chunks: list[HybridGPT], config: Config, vocab_size: int, tokenizer: Path) -> dict:
         meta = store.read_meta(self.path)
         _check(self.path, meta, config, vocab_size, tokenizer)
         saved = store.saved_config(meta)
@@ -75,13 +89,17 @@ class Base:
             raise CheckpointError(
                 f"train.init_from = {self.path}: holds only adapters, over {meta['base']['path']}; begin from that one"
             )
-        loaded = store.load(self.path, state.sharded_base(chunks))
-        for i, chunk in enumerate(chunks):
-            weights = loaded[f"model{i}"]
-            state.fill(chunk, weights)
-            for name, weight in chunk.named_parameters():
-                if name in weights:  # one that is kept in FP8 also remembers what its float32 copy is made from
-                    set_weight(weight, weights[name])
+        return store.load(self.path, state.sharded_base(chunks))
+
+    def _load_hugging_face(self, chunks: list[HybridGPT], config: Config, tokenizer: Path) -> dict:
+        model = hugging_face.Model(self.path)
+        for name, was in model.shape.items():
+            _require_same(self.path, name.replace("head_width", "kv_channels"), was, getattr(config.model, name))
+        if _tokens(self.path) != _tokens(tokenizer):
+            raise CheckpointError(
+                f"train.init_from = {self.path}: its tokenizer is not that of data.path; {_PREPARE} {self.path}"
+            )
+        return hugging_face.load(model, state.sharded_base(chunks))
 
     def check_adapters(self, path: Path, meta: dict) -> None:
         """Raises CheckpointError if the adapters of the checkpoint at `path` were trained over another base."""
@@ -102,28 +120,46 @@ def _path(config: Config, adapters: Path | None) -> Path:
 def _check(path: Path, meta: dict, config: Config, vocab_size: int, tokenizer: Path) -> None:
     saved = store.saved_config(meta)
     for name in SHAPE:
-        was, now = getattr(saved.model, name), getattr(config.model, name)
-        if was != now:
-            raise CheckpointError(
-                f"model.{name} = {now}: train.init_from = {path} was made with {was}; "
-                "set it to that, or begin from another checkpoint"
-            )
+        _require_same(path, name, getattr(saved.model, name), getattr(config.model, name))
     if meta["vocab_size"] != vocab_size or _tokens(path / "tokenizer") != _tokens(tokenizer):
         raise CheckpointError(
             f"train.init_from = {path}: its tokenizer ({meta['vocab_size']} ids) is not that of data.path "
-            f"({vocab_size} ids); prepare the text with it: tidar prepare ... --tokenizer {path / 'tokenizer'}"
+            f"({vocab_size} ids); {_PREPARE} {path / 'tokenizer'}"
         )
 
 
-def _tokens(folder: Path) -> dict:
-    return json.loads((folder / "tokenizer.json").read_text())["model"]
+def _require_same(path: Path, name: str, was: object, now: object) -> None:
+    if was != now:
+        raise CheckpointError(
+            f"model.{name} = {now}: train.init_from = {path} was made with {was}; "
+            "set it to that, or begin from another checkpoint"
+        )
+
+
+def _tokens(folder: Path) -> tuple:
+    """Vocabulary and merges of a byte-level BPE, of whatever version of the tokenizers library."""
+    try:
+        if (folder / "tokenizer.json").is_file():
+            model = json.loads((folder / "tokenizer.json").read_text())["model"]
+            return model["vocab"], [m if isinstance(m, str) else " ".join(m) for m in model.get("merges", [])]
+        merges = (folder / "merges.txt").read_text().splitlines()
+        return json.loads((folder / "vocab.json").read_text()), [m for m in merges if not m.startswith("#version")]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder}: no tokenizer can be read there ({error})") from None
+
+
+def _files(path: Path) -> dict[str, int]:
+    """Name -> bytes."""
+    if not hugging_face.is_model(path):
+        return store.read_meta(path)["files"]
+    return {file.name: file.stat().st_size for file in (path / "config.json", *path.glob("*.safetensors"))}
 
 
 def fingerprint(path: Path) -> str:
     """Of a checkpoint's files: names, sizes and evenly spread pieces of each. Weights that were trained otherwise, or
     further, differ in nearly every piece; nobody waits until terabytes are read. Raises CheckpointError."""
     digest = hashlib.sha256()
-    for name, size in sorted(store.read_meta(path)["files"].items()):
+    for name, size in sorted(_files(path).items()):
         digest.update(f"{name} {size}\n".encode())
         try:
             with (path / name).open("rb") as file:

@@ -267,7 +267,8 @@ def _describe(
     parameters = sum(p.numel() for chunk in chunks for p in chunk.parameters())
     start = f"resumed from {newest}, step {progress.step}" if newest else "from scratch"
     if base is not None:
-        start = f"{start if newest else ''} over the frozen {base.path}" if config.lora.rank else f"from {base.path}"
+        over = f"over the frozen {base.path}"
+        start = (f"{start} {over}" if newest else over) if config.lora.rank else f"from {base.path}"
     sizes = {name: getattr(mesh, name).size() for name in ("tensor", "pipeline", "context", "data")}
     layout = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1 or name == "data")
     where = f"{mesh.world_size} process(es) on {device.device().type}, {layout}"
