@@ -22,7 +22,7 @@ from tidar_mega.data import DataError, prepare, shards
 from tidar_mega.data.pack import pack
 from tidar_mega.data.stream import open_stream, permute
 from tidar_mega.data.tokenizer import Tokenizer
-from tidar_mega.rows import PADDING, Rows
+from tidar_mega.rows import PADDING, Rows, concatenate
 
 LENGTH = 16
 
@@ -163,7 +163,7 @@ def test_validation_is_in_order_and_pads_the_tail(prepared):
     flat = np.concatenate(documents(prepared, "validation"))
     n = stream.samples_per_epoch
     assert n == -(-len(flat) // LENGTH)
-    rows = stream.batch(0, n)
+    rows = concatenate([stream.rows(i) for i in range(n)], dim=0)
     assert rows.shape == (n, LENGTH)
     real = rows.document != PADDING
     assert rows.token[real].tolist() == flat.tolist()
@@ -178,28 +178,12 @@ def test_a_window_longer_than_the_validation_split(prepared):
     assert int((stream.rows(0).document != PADDING).sum()) == sum(map(len, documents(prepared, "validation")))
 
 
-def test_shifted_windows_move_with_the_epoch(prepared):
-    stream = open_stream(prepared, "train", LENGTH, seed=3, shift_windows=True)
-    flat = np.concatenate(documents(prepared, "train"))
-    n = stream.samples_per_epoch
-    starts = []
-    for epoch in range(6):
-        tokens = {tuple(stream.rows(epoch * n + i).token[0].tolist()) for i in range(n)}
-        fits = [
-            s for s in range(LENGTH) if {tuple(flat[s + i * LENGTH :][:LENGTH].tolist()) for i in range(n)} == tokens
-        ]
-        starts += fits[:1]
-    assert len(starts) == 6 and len(set(starts)) > 1
-
-
 def test_a_resume_is_the_next_index_and_nothing_else(prepared):
     whole = open_stream(prepared, "train", LENGTH, seed=3)
     samples = [whole.rows(g) for g in range(2 * whole.samples_per_epoch)]
     for stop in (0, 7, whole.samples_per_epoch + 2):
         again = open_stream(prepared, "train", LENGTH, seed=3)
         assert all(same(again.rows(g), samples[g]) for g in range(stop, min(stop + 9, len(samples))))
-    batch = whole.batch(4, 3)
-    assert all(same(batch.select(slice(i, i + 1)), samples[4 + i]) for i in range(3))
 
 
 def test_few_open_files_are_enough(prepared, monkeypatch):

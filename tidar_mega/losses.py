@@ -209,8 +209,10 @@ def _vocabulary_parallel(logits_CV: Tensor, label_C: Tensor, group) -> tuple[Ten
     width = logits_CV.shape[1]
     first = group.rank() * width if group is not None else 0
     largest_C, prediction_C = logits_CV.max(dim=1)
-    prediction_C = _global_argmax(largest_C, prediction_C + first, group)
-    largest_C = _reduce(largest_C, dist.ReduceOp.MAX, group)
+    here_C, largest_C = largest_C, _reduce(largest_C.clone(), dist.ReduceOp.MAX, group)
+    # of equals, the lowest id
+    is_largest_C, no_id = here_C == largest_C, torch.iinfo(prediction_C.dtype).max
+    prediction_C = _reduce(torch.where(is_largest_C, prediction_C + first, no_id), dist.ReduceOp.MIN, group)
 
     local_C = label_C - first
     is_here_C = (local_C >= 0) & (local_C < width)
@@ -224,15 +226,6 @@ def _vocabulary_parallel(logits_CV: Tensor, label_C: Tensor, group) -> tuple[Ten
     probability_CV /= total_C[:, None]
     probability_CV.scatter_add_(1, local_C, -is_here_C.to(probability_CV.dtype)[:, None])
     return total_C.log() - label_logit_C, prediction_C, probability_CV
-
-
-def _global_argmax(largest_C: Tensor, id_C: Tensor, group) -> Tensor:
-    """The id of the largest logit over the group; of equals, the lowest id."""
-    if group is None or group.size() == 1:
-        return id_C
-    best_C = _reduce(largest_C.clone(), dist.ReduceOp.MAX, group)
-    no_id = torch.iinfo(id_C.dtype).max
-    return _reduce(torch.where(largest_C == best_C, id_C, no_id), dist.ReduceOp.MIN, group)
 
 
 def _reduce(x: Tensor, operation, group) -> Tensor:

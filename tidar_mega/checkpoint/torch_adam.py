@@ -14,30 +14,14 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer, distrib_optimizer
 
 
-def allocate_state(optimizer: MegatronOptimizer) -> None:
-    """Gives every parameter its (zero) moments and its own step, as after zero steps."""
-    for part in _torch_adam_parts(optimizer):
-        for group in part.optimizer.param_groups:
-            for param in group["params"]:
-                part.optimizer.state[param] = {
-                    "step": torch.tensor(0.0),
-                    "exp_avg": torch.zeros_like(param),
-                    "exp_avg_sq": torch.zeros_like(param),
-                }
-
-
 def load_state(optimizer: MegatronOptimizer, state: dict) -> None:
     """`optimizer.load_state_dict`, after which every parameter has a step of its own."""
     _mend_loading()
     optimizer.load_state_dict(state)
-    for part in _torch_adam_parts(optimizer):
-        for param_state in part.optimizer.state.values():
-            param_state["step"] = torch.as_tensor(param_state["step"], dtype=torch.float32).clone()
-
-
-def _torch_adam_parts(optimizer: MegatronOptimizer) -> list:
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [p for p in parts if isinstance(p.optimizer, torch.optim.AdamW)]
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            for param_state in part.optimizer.state.values():
+                param_state["step"] = torch.as_tensor(param_state["step"], dtype=torch.float32).clone()
 
 
 @functools.cache

@@ -76,7 +76,7 @@ def documents(file: SourceFile, counts: Counter) -> Iterator[tuple[str, int]]:
     Raises DataError, which names the file and the place of the damage.
     """
     reader = _jsonl_documents if file.is_jsonl else _text_document
-    for text, position in reader(file, counts):
+    for text, position in reader(file):
         if text is None:
             counts["undecodable"] += 1
         elif not text.strip():
@@ -124,7 +124,7 @@ def _inner_suffix(path: Path) -> str:
     return (Path(path.stem) if path.suffix in COMPRESSIONS else path).suffix
 
 
-def _text_document(file: SourceFile, counts: Counter) -> Iterator[tuple[str | None, int]]:
+def _text_document(file: SourceFile) -> Iterator[tuple[str | None, int]]:
     with open(file.path, "rb") as raw:
         try:
             content = _decompress(file.path, raw).read()
@@ -133,7 +133,7 @@ def _text_document(file: SourceFile, counts: Counter) -> Iterator[tuple[str | No
     yield _decode(file, content, 0), file.path.stat().st_size
 
 
-def _jsonl_documents(file: SourceFile, counts: Counter) -> Iterator[tuple[str | None, int]]:
+def _jsonl_documents(file: SourceFile) -> Iterator[tuple[str | None, int]]:
     with open(file.path, "rb") as raw:
         stream = _decompress(file.path, raw)
         offset, number = 0, 0
@@ -146,11 +146,11 @@ def _jsonl_documents(file: SourceFile, counts: Counter) -> Iterator[tuple[str | 
                 return
             number += 1
             if line.strip():
-                yield _json_text(file, line, offset, number, counts), raw.tell()
+                yield _json_text(file, line, offset, number), raw.tell()
             offset += len(line)
 
 
-def _json_text(file: SourceFile, line: bytes, offset: int, number: int, counts: Counter) -> str | None:
+def _json_text(file: SourceFile, line: bytes, offset: int, number: int) -> str | None:
     text = _decode(file, line, offset)
     if text is None:
         return None

@@ -24,7 +24,7 @@ from tidar_mega.config.errors import storage_error
 from tidar_mega.data import DataError, shards
 from tidar_mega.data.pack import pack
 from tidar_mega.data.tokenizer import Tokenizer
-from tidar_mega.rows import PADDING, Rows, concatenate
+from tidar_mega.rows import PADDING, Rows
 
 _OPEN_FILES = 128  # shards held open at once by one stream
 _ROUNDS = 8  # of the Feistel network
@@ -32,13 +32,12 @@ _WORD = (1 << 64) - 1
 _NO_PLACE = (errno.EINVAL, errno.EOVERFLOW)  # of a file: the list of documents is damaged
 
 
-def open_stream(folder: str | Path, split: str, seq_length: int, seed: int, *, shift_windows: bool = False) -> Stream:
+def open_stream(folder: str | Path, split: str, seq_length: int, seed: int) -> Stream:
     """Opens the train or validation split of a folder made by `tidar prepare`.
 
     Args:
         seq_length: tokens of a window (S).
         seed: decides the order of the training windows; validation is in the order of the corpus.
-        shift_windows: begin the windows of every training epoch at another token, so that borders move.
 
     Raises DataError if a shard is missing or has not the size of the index, if the tokenizer is not the one that made
     the shards, or if the split is shorter than one window.
@@ -55,7 +54,7 @@ def open_stream(folder: str | Path, split: str, seq_length: int, seed: int, *, s
             f"(fingerprint {tokenizer.fingerprint[:12]}, the index says {index.tokenizer[:12]}); "
             "put the right one back, or run `tidar prepare` again with --overwrite"
         )
-    return Stream(folder, split, seq_length, seed, index, tokenizer, shift_windows)
+    return Stream(folder, split, seq_length, seed, index, tokenizer)
 
 
 class Stream:
@@ -69,7 +68,6 @@ class Stream:
         seed: int,
         index: shards.Index,
         tokenizer: Tokenizer,
-        shift_windows: bool,
     ) -> None:
         self.tokenizer = tokenizer
         self.tokenizer_folder = folder / shards.TOKENIZER
@@ -77,7 +75,6 @@ class Stream:
         self.seq_length = seq_length
         self.is_train = split == "train"
         self._seed = seed
-        self._shift_windows = shift_windows and self.is_train
         self._tokens = index.splits[split].tokens
         self._reader = Reader(folder / split, index, split)
         self.samples_per_epoch = self._count_samples()
@@ -91,8 +88,7 @@ class Stream:
         """Training drops the window that the corpus ends in; validation pads it."""
         if not self.is_train:
             return -(-self._tokens // self.seq_length)
-        usable = self._tokens - (self.seq_length - 1 if self._shift_windows else 0)
-        return max(0, usable) // self.seq_length
+        return self._tokens // self.seq_length
 
     def rows(self, global_index: int) -> Rows:
         """Clean rows [1, S] (CPU) of one sample. Raises DataError if a shard is damaged there, LostError if the storage
@@ -111,16 +107,11 @@ class Stream:
             )
         return pack(token, document)
 
-    def batch(self, first_index: int, count: int) -> Rows:
-        """Clean rows [count, S] of consecutive samples."""
-        return concatenate([self.rows(i) for i in range(first_index, first_index + count)], dim=0)
-
     def _first_token(self, global_index: int) -> int:
         epoch, place = divmod(global_index, self.samples_per_epoch)
         if not self.is_train:
             return place * self.seq_length
-        shift = _keyed(self._seed, "shift", epoch) % self.seq_length if self._shift_windows else 0
-        return permute(place, self.samples_per_epoch, self._seed, epoch) * self.seq_length + shift
+        return permute(place, self.samples_per_epoch, self._seed, epoch) * self.seq_length
 
 
 class Reader:

@@ -12,7 +12,6 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from tidar_mega.checkpoint import torch_adam
 from tidar_mega.config import Config
 from tidar_mega.device import DTYPES
 from tidar_mega.model import precision
@@ -115,9 +114,10 @@ def _allocate_state(optimizer: MegatronOptimizer) -> None:
             for inner in part.optimizer.sub_optimizers:
                 _zero_moments(inner)
             part.optimizer._sync_sub_optimizers_state_to_hdo()
-        elif not isinstance(part.optimizer, torch.optim.AdamW):
+        elif isinstance(part.optimizer, torch.optim.AdamW):
+            _zero_moments(part.optimizer)
+        else:
             part.init_state_fn(part.optimizer, part.config)
-    torch_adam.allocate_state(optimizer)
 
 
 def _zero_moments(optimizer: torch.optim.Optimizer) -> None:
