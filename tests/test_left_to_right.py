@@ -142,5 +142,5 @@ def test_chunks_of_the_head_cut_no_draft(chunk):
 def test_what_drafts_nothing_has_no_such_losses():
     with pytest.raises(ConfigError, match=r"train.chain_weight = 0.1: must be 0 with method = ar"):
         config_module.from_tree({"method": "ar", "train": {"chain_weight": 0.1}})
-    with pytest.raises(ConfigError, match=r"train.focal_weight = -1.0: must be 0 or more"):
+    with pytest.raises(ConfigError, match=r"train.focal_weight = -1.0: must be a number of 0 or more"):
         config_module.from_tree({"train": {"focal_weight": -1.0}})
