@@ -320,7 +320,7 @@ def test_parallel_ranks_decode_what_one_process_decodes(tensor, pipeline):
         ({"method": "ar"}, "lora.rank = 4: must be 0 with method = ar, which has no mask rows"),
         ({"lora": {"rank": 4, "targets": ["linear_q"]}}, r"lora.targets = \['linear_q'\]: must be some of linear_qkv"),
         ({"lora": {"rank": 4, "targets": []}}, r"lora.targets = \[\]: must be some of"),
-        ({"lora": {"rank": -1}}, "lora.rank = -1: must be 0 or more"),
+        ({"lora": {"rank": -1}}, "lora.rank = -1: must be a number of 0 or more"),
         ({"lora": {"rank": 4, "alpha": 0.0}}, "lora.alpha = 0.0: must be above 0"),
         ({"precision": {"layers": "te"}}, "precision.layers = te: must be auto or local with lora.rank"),
     ],

@@ -24,7 +24,7 @@ from tidar_mega.rows import Rows
 class RowLosses:
     """What the head said of the N weighted rows of a forward.
 
-    total       scalar, sum of weight * cross entropy; the one differentiable field
+    total       scalar, sum of weight * cross entropy, and the losses of whole drafts; the one differentiable field
     loss        float32 [N], cross entropy in nats
     prediction  int64 [N], the most likely id
     index       (sequence [N], row [N]): where in the Rows they stand

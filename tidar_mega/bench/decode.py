@@ -1,7 +1,5 @@
 """Decoding speed, each against plain AR decoding in the same engine, process and run: fused for several draft lengths,
 and Hugging Face transformers on the same weights (`generate`, and assisted by prompt lookup).
-
-Shape suffixes: none; see decode/.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class Engine:
 
     model          on its device, in the dtype to decode in (only float32 keeps near-ties out of the kernels' hands)
     specials       a tokenizer, or anything with its vocab_size, eod, pad and mask
-    block          draft length; 1 makes both modes plain AR
+    block          draft length; with 1, fused decoding is plain AR
     capacity       most tokens of a prompt and its continuation together
     batch          most requests decoded at once; more wait
     prefill_chunk  prompt tokens encoded by one forward, of all joining requests together

@@ -248,7 +248,8 @@ def _plain_is_faster(linear: _Linear) -> bool:
         seconds: dict[bool, list[float]] = {True: [], False: []}
         row = weight[:1] * 1
         for _ in range(9):
-            for linear.plain_row, found in seconds.items():
+            for kind, found in seconds.items():
+                linear.plain_row = kind
                 started = time.perf_counter()
                 linear(row)
                 found.append(time.perf_counter() - started)

@@ -15,7 +15,7 @@ Room: with `slots` >= ceil(M / ranks) + block - 1 for M mask rows in groups of a
 rank. If none had room for a group, each would hold more than slots - block rows, so at least ceil(M / ranks), and all M
 rows would be placed already.
 
-Pure numpy: `plan.py` uses it too. Shape suffixes: T rows of one sequence (S clean rows, then M mask rows), N tiles of
+Pure numpy: `plan/` uses it too. Shape suffixes: T rows of one sequence (S clean rows, then M mask rows), N tiles of
 clean rows, U groups ("units") of mask rows, R ranks.
 """
 

@@ -1,4 +1,4 @@
-"""One optimizer step, and one validation: rows -> model -> losses -> gradients -> update.
+"""The gradients of one step, and one validation: rows -> model -> losses -> gradients. `optim.py` has the update.
 
 Shape suffixes: B sequences, T rows, N weighted rows.
 """
