@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from tidar_mega import config as config_module
 from tidar_mega.checkpoint.state import RANDOM, sharding
-from tidar_mega.checkpoint.writing import Writer, of_disk
+from tidar_mega.checkpoint.writing import Writer, checksum, of_disk, sum_beside
 from tidar_mega.config import Config, UserError
 from tidar_mega.config.errors import storage_error
 from tidar_mega.parallel.failures import of_communication
@@ -127,9 +127,14 @@ class CheckpointStore:
     def _publish(self, draft: _Draft) -> None:
         folder = draft.folder
         copy_files(draft.tokenizer, folder / "tokenizer")
+        sums = {path: _take_sum(path) for path in sorted(folder.glob("*.distcp"))}
         flushed = {path: _flush(path) for path in sorted(folder.rglob("*"))}
-        sizes = {str(path.relative_to(folder)): size for path, size in flushed.items() if path.is_file()}
-        (folder / _META).write_text(json.dumps({"format": FORMAT, **draft.meta, "files": sizes}, indent=1))
+        files = {str(path.relative_to(folder)): path for path in flushed if path.is_file()}
+        about = {
+            "files": {name: flushed[path] for name, path in files.items()},
+            "crc32": {name: sums.get(path) or checksum(path) for name, path in files.items()},
+        }
+        (folder / _META).write_text(json.dumps({"format": FORMAT, **draft.meta, **about}, indent=1))
         _flush(folder / _META)
         _flush(folder)
         assert not (draft.final / _META).exists(), "a published checkpoint is never written again"
@@ -224,10 +229,12 @@ def load(path: Path, parts: dict) -> dict:
     another model's, LostError where the storage does not give it; what is no matter of its files passes unchanged.
 
     Every tensor of `parts` must be in the checkpoint, and every weight of the checkpoint (with optimizer state in
-    `parts`: every tensor) must be asked for by some rank.
+    `parts`: every tensor) must be asked for by some rank. With optimizer state, nearly all is read, and the checksums
+    of all files are compared.
     """
     try:
-        _match(path, parts)
+        if _match(path, parts):
+            _verify(path)
         with torch.no_grad():  # else megatron-core 0.19 reads into the FP8 weights themselves, piece by piece
             force_all_tensors_to_non_fp8(parts)
         return dist_checkpointing.load(parts, str(path))
@@ -243,9 +250,9 @@ def load(path: Path, parts: dict) -> dict:
         raise CheckpointError(f"{path}: cannot be loaded ({_first_line(error)}); {_WAY_OUT}") from error
 
 
-def _match(path: Path, parts: dict) -> None:
-    """Raises CheckpointError on every rank if the tensors on disk are not those of `parts`. Takes out of `parts` the
-    FP8 states that the checkpoint of a model without FP8 lacks."""
+def _match(path: Path, parts: dict) -> bool:
+    """Raises CheckpointError on every rank if the tensors on disk are not those of `parts`; says if optimizer state is
+    among them. Takes out of `parts` the FP8 states that the checkpoint of a model without FP8 lacks."""
     ranks = [None] * dist.get_world_size()
     tensors, _ = extract_sharded_base(load_preprocess(parts)[0])
     dist.all_gather_object(ranks, {part.key for part in nested_values(tensors)})
@@ -268,6 +275,23 @@ def _match(path: Path, parts: dict) -> None:
             f"{_some(surplus)} that the model does not have; give back the model settings that it was made with "
             "(config.yaml of its run), or set another run_dir to start anew"
         )
+    return has_optimizer
+
+
+def _verify(path: Path) -> None:
+    """Raises CheckpointError on every rank if a file is not what was written there. Each rank reads some of them."""
+    sums = read_meta(path).get("crc32", {})  # none in a checkpoint from before they were kept
+    mine = sorted(sums)[dist.get_rank() :: dist.get_world_size()]
+    try:
+        found: list[str] | OSError = [name for name in mine if checksum(path / name) != sums[name]]
+    except OSError as error:
+        found = error
+    ranks = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, found)
+    for fault in (f for f in ranks if isinstance(f, OSError)):
+        raise fault
+    for name in (name for names in ranks for name in names):
+        raise CheckpointError(f"{path / name}: not what was written there, its checksum is another; {_WAY_OUT}")
 
 
 _OPTIMIZER = "optimizer."
@@ -381,6 +405,17 @@ def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     causes = [line for line in lines if "Errno" in line or re.match(r"[\w.]+(Error|Exception): ", line)]
     return (causes or lines or [type(error).__name__])[-1 if causes else 0]
+
+
+def _take_sum(path: Path) -> str:
+    """The checksum that its writer left beside a file, which is deleted; of the file as it is where there is none."""
+    beside = sum_beside(path)
+    try:
+        found = beside.read_text()
+        beside.unlink()
+    except FileNotFoundError:  # a network file system may show it late
+        return checksum(path)
+    return found
 
 
 def _flush(path: Path) -> int:

@@ -1,9 +1,9 @@
 """What megatron-core's distributed optimizer lacks to save and load torch's AdamW.
 
 Without Transformer Engine and apex megatron-core falls back to torch's AdamW, whose state its distributed optimizer
-cannot load: it expects state before the first step, has no place for AdamW's step tensor, and after a load gives
-every parameter one shared step tensor, which AdamW then advances once per parameter (a silent drift). Nothing here
-does anything when a fused Adam is in use.
+cannot load: it expects state before the first step (`train/optim.py` makes it), has no place for AdamW's step tensor,
+and after a load gives every parameter one shared step tensor, which AdamW then advances once per parameter (a silent
+drift). Nothing here does anything when a fused Adam is in use.
 """
 
 from __future__ import annotations
