@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -83,6 +85,21 @@ def test_a_watch_evaluates_each_checkpoint_once(work):
     said = tidar(work, "evaluate", "run", "--watch")
     assert "is finished, and its last checkpoint is evaluated" in said and "evaluation of step" not in said
     assert "there is no such run folder" in tidar(work, "evaluate", "nowhere", "--watch", code=2)
+
+
+def test_an_evaluation_in_two_stages_says_what_one_process_says(work):
+    """Also of a checkpoint under another name."""
+    found = {}
+    checkpoint = max((work / "run" / "checkpoints").glob("step_*"))
+    shutil.copytree(checkpoint, work / "copied")
+    for stages in (1, 2):
+        small = ("--prompts=2", "--prompt-tokens=8", "--max-tokens=8", "--sequences=2", f"decode.pipeline={stages}")
+        tidar(work, "evaluate", "copied", *small, "--json", "figures.json")
+        found[stages] = json.loads((work / "figures.json").read_text())
+    one, two = found[1], found[2]
+    assert one.pop("acceptance_histogram") == two.pop("acceptance_histogram")
+    assert two == pytest.approx(one, rel=1e-5)
+    assert one["step"] == int(checkpoint.name[5:]) and one["validation_nats_per_byte"] > 0
 
 
 def test_a_histogram_of_lengths_holds_their_counts(tmp_path):
