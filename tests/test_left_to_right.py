@@ -93,7 +93,7 @@ def test_a_step_equals_the_plain_model(kept):
     loss = (t.alpha * terms["ar"] + terms["draft"]) / (1 + t.alpha)
     for name in ("position", "focal", "chain"):
         loss = loss + getattr(t, f"{name}_weight") * terms[name]
-    assert got["figures"]["loss"] == pytest.approx(float(loss), rel=1e-6)
+    assert got["figures"]["loss"] == pytest.approx(loss.item(), rel=1e-6)
     for name in kept:
         if name.endswith("_weight"):
             term = name.removesuffix("_weight")

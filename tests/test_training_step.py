@@ -28,7 +28,7 @@ def test_a_step_equals_the_plain_model(backend, tie):
     config = settings(model={"attention": backend, "tie_embeddings": tie})
     (got,) = processes.run(one_step, 1, config)
     (loss, ar, draft), gradients = plain_step(got["weights"], config)
-    assert got["figures"]["loss"] == pytest.approx(float(loss), rel=1e-6)
+    assert got["figures"]["loss"] == pytest.approx(loss.item(), rel=1e-6)
     assert got["figures"]["loss_ar"] == pytest.approx(float(ar), rel=1e-6)
     assert got["figures"]["loss_draft"] == pytest.approx(float(draft), rel=1e-6)
     labels = torch.cat([token[1:][document[1:] == document[:-1]] for token, document in map(text, range(SEQUENCES))])
