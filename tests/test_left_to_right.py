@@ -97,7 +97,7 @@ def test_a_step_equals_the_plain_model(kept):
     for name in kept:
         if name.endswith("_weight"):
             term = name.removesuffix("_weight")
-            assert got["figures"][f"loss_{term}"] == pytest.approx(float(terms[term]), rel=1e-5)
+            assert got["figures"][f"loss_{term}"] == pytest.approx(terms[term].item(), rel=1e-5)
     assert_gradients(got["gradients"], loss, weights)
 
 
