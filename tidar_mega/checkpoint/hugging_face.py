@@ -41,6 +41,10 @@ _OF_LAYER = {
 }
 
 
+def _error(path: Path, said: str) -> CheckpointError:
+    return CheckpointError(f"train.init_from = {path}: {said}")
+
+
 def is_model(folder: Path) -> bool:
     return (folder / _CONFIG).is_file()
 
@@ -53,9 +57,7 @@ class Model:
         self.config = self._json(_CONFIG)
         kind = self.config.get("model_type")
         if kind not in ("qwen3", "qwen2", "llama"):
-            raise CheckpointError(
-                f"train.init_from = {folder / _CONFIG}: model_type {kind}; must be qwen3, qwen2 or llama"
-            )
+            raise _error(folder / _CONFIG, f"model_type {kind}; must be qwen3, qwen2 or llama")
         for key, allowed in {
             "hidden_act": "silu",
             "rope_scaling": None,
@@ -65,9 +67,7 @@ class Model:
         }.items():
             found = self.config.get(key, allowed)
             if found != allowed:
-                raise CheckpointError(
-                    f"train.init_from = {folder / _CONFIG}: {key} = {found}; only models with {allowed} can be read"
-                )
+                raise _error(folder / _CONFIG, f"{key} = {found}; only models with {allowed} can be read")
 
     @cached_property
     def shape(self) -> dict[str, object]:
@@ -89,14 +89,12 @@ class Model:
                 "norm_epsilon": c["rms_norm_eps"],
             }
         except KeyError as error:
-            raise CheckpointError(f"train.init_from = {self.folder / _CONFIG}: {error} is missing; {_AGAIN}") from None
+            raise _error(self.folder / _CONFIG, f"{error} is missing; {_AGAIN}") from None
 
     def _rope(self) -> dict:
         found = self.config.get("rope_parameters") or self.config  # of transformers 5, and before
         if found.get("rope_type", "default") != "default":
-            raise CheckpointError(
-                f"train.init_from = {self.folder / _CONFIG}: rope_type {found['rope_type']}; only default can be read"
-            )
+            raise _error(self.folder / _CONFIG, f"rope_type {found['rope_type']}; only default can be read")
         return found
 
     @cached_property
@@ -108,29 +106,23 @@ class Model:
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.files:
-            raise CheckpointError(f"train.init_from = {self.folder}: no tensor {name} in its safetensors; {_AGAIN}")
+            raise _error(self.folder, f"no tensor {name} in its safetensors; {_AGAIN}")
         try:
             return self._open(self.files[name]).get_tensor(name)
         except SafetensorError as error:
-            raise CheckpointError(
-                f"train.init_from = {self.folder / self.files[name]}: {name} cannot be read ({error}); {_AGAIN}"
-            ) from None
+            raise _error(self.folder / self.files[name], f"{name} cannot be read ({error}); {_AGAIN}") from None
 
     def _open(self, file: str):
         try:
             return safe_open(self.folder / file, "pt")
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"train.init_from = {self.folder / file}: cannot be read ({error}); {_AGAIN}"
-            ) from None
+            raise _error(self.folder / file, f"cannot be read ({error}); {_AGAIN}") from None
 
     def _json(self, file: str) -> dict:
         try:
             return json.loads((self.folder / file).read_text())
         except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"train.init_from = {self.folder / file}: cannot be read ({error}); {_AGAIN}"
-            ) from None
+            raise _error(self.folder / file, f"cannot be read ({error}); {_AGAIN}") from None
 
 
 def load(model: Model, parts: dict) -> dict:
@@ -166,9 +158,7 @@ def _part(model: Model, part: ShardedTensor) -> Tensor:
         return found
     if whole.shape != part.global_shape[axes:]:
         expected = tuple(part.global_shape[axes:])
-        raise CheckpointError(
-            f"train.init_from = {model.folder}: {part.key} has the shape {tuple(whole.shape)} instead of {expected}"
-        )
+        raise _error(model.folder, f"{part.key} has the shape {tuple(whole.shape)} instead of {expected}")
     return found.copy_(whole[tuple(place)])
 
 
@@ -178,9 +168,7 @@ def _weight(model: Model, key: str, layer: int | None) -> Tensor:
         return model[_WHOLE[key]]
     numbered = re.fullmatch(r"decoder\.layers\.(?:(\d+)\.)?(.+)", key)
     if numbered is None:
-        raise CheckpointError(
-            f"train.init_from = {model.folder}: a Hugging Face model has no {key}; begin with another method"
-        )
+        raise _error(model.folder, f"a Hugging Face model has no {key}; begin with another method")
     layer, name = (int(numbered[1]) if layer is None else layer), numbered[2]
     theirs = f"model.layers.{layer}."
     if name in _OF_LAYER:
@@ -192,6 +180,4 @@ def _weight(model: Model, key: str, layer: int | None) -> Tensor:
         groups = (model.shape["num_query_groups"], -1)
         parts = [model[f"{theirs}self_attn.{x}_proj.{kind}"].unflatten(0, groups) for x in "qkv"]
         return torch.cat(parts, dim=1).flatten(0, 1)
-    raise CheckpointError(
-        f"train.init_from = {model.folder}: a Hugging Face model has no {key}; begin with another method"
-    )
+    raise _error(model.folder, f"a Hugging Face model has no {key}; begin with another method")
