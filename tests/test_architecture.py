@@ -101,5 +101,5 @@ def test_functions_are_short():
                 assert lines <= 100, f"{path}:{node.lineno} {node.name} has {lines} lines"
 
 
-def test_every_method_is_in_the_table_of_settings():
+def test_every_method_of_ours_is_in_the_table_of_settings():
     assert sorted(METHODS) == sorted(p.stem for p in (PACKAGE / "methods").glob("*.py") if p.stem != "__init__")

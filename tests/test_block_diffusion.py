@@ -175,7 +175,7 @@ def test_a_new_method_is_one_file(tmp_path):
     assert got["figures"]["loss"] == got["figures"]["loss_draft"] > 0 and got["figures"]["toy"] > 0
     assert got["norm"] > 0 and got["texts"]["fused"] == got["texts"]["ar"]
     assert "toy" not in sys.modules
-    with pytest.raises(ConfigError, match="method = toy: must be one of tidar, idlm, block_diffusion"):
+    with pytest.raises(ConfigError, match="method = toy: must be one of ar, block_diffusion, idlm"):
         config_module.override(tiny_config(), ["method=toy"])
 
 

@@ -346,7 +346,7 @@ def test_a_dry_run_shows_the_command_and_the_script_and_a_launch_needs_slurm(tmp
     assert "sbatch --nodes=2 --gpus-per-node=1 --time=12:00:00 --signal=USR2@300" in shown.stdout
     assert (ROOT / "slurm" / "pretrain.sh").read_text() in shown.stdout
     misspelt = launch(*words, "method=tidra", "--dry-run", PATH="/nowhere")
-    assert misspelt.returncode == 2 and "method = tidra: must be one of tidar, " in misspelt.stderr
+    assert misspelt.returncode == 2 and "method = tidra: must be one of ar, " in misspelt.stderr
     refused = launch(*words, PATH="/nowhere")
     assert refused.returncode == 2 and "sbatch is not on PATH" in refused.stderr
     assert not list(tmp_path.iterdir())

@@ -364,7 +364,7 @@ REFUSED = {
     "no config": (["pretrain", "none.yaml"], "none.yaml does not exist"),
     "no method": (
         ["pretrain", "run.yaml", "method=none", "run_dir=x1"],
-        "method = none: must be one of tidar, ",
+        "method = none: must be one of ar, ",
     ),
     "no corpus": (["pretrain", "run.yaml", "data.path=none", "run_dir=x2"], "none"),
     "another shape": (["pretrain", "run.yaml", "run_dir=whole", "train.steps=20", "model.num_layers=3"], "num_layers"),

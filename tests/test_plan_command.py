@@ -87,7 +87,7 @@ ERRORS = {
     "model.rotary_base=0": "model.rotary_base = 0.0: must be a number above 0",
     "--tokens=many": "--tokens many: must be a number",
     "--vocab-size=0": "--vocab-size 0",
-    "method=tidra": "method = tidra: must be one of tidar, idlm, ",
+    "method=tidra": "method = tidra: must be one of ar, block_diffusion, ",
     "train.micro_batch_size=3": "train.global_batch_size = 512: must be a multiple of",
     "parallel.tensor=16": "model.num_query_groups",
 }

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import pkgutil
 from collections.abc import Collection
+from importlib.util import find_spec
 
 from tidar_mega.config.errors import require
-from tidar_mega.config.settings import FP8_ALIGN, METHODS, Config
+from tidar_mega.config.settings import FP8_ALIGN, Config
 
 _ABOVE_ZERO = (
     "model.num_layers",
@@ -75,7 +77,7 @@ _ZERO_OR_MORE = (
 def check(config: Config) -> None:
     """Refuses impossible values and combinations. Raises ConfigError."""
     m, t, o, p = config.model, config.train, config.optimizer, config.parallel
-    _choice("method", config.method, METHODS)
+    _choice("method", config.method, _methods())
     for key in _ABOVE_ZERO:
         require(0 < _value(config, key) < math.inf, key, _value(config, key), "a number above 0")
     for key in _ZERO_OR_MORE:
@@ -106,6 +108,12 @@ def check(config: Config) -> None:
     _check_schedule(config)
     _check_lora(config)
     _check_decode(config)
+
+
+def _methods() -> tuple[str, ...]:
+    """Their files; they are not imported, as they need torch, and a plan or a launch does not."""
+    folders = find_spec("tidar_mega.methods").submodule_search_locations
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(folders)))
 
 
 def _check_shapes(config: Config) -> None:

@@ -200,7 +200,7 @@ class Traits:
     has_depths: bool = False  # layers of multi-token prediction stand behind the backbone (arXiv 2412.19437)
 
 
-METHODS = {
+METHODS = {  # any other is as TiDAR
     "tidar": Traits(drafts_blocks=True),
     "idlm": Traits(drafts_blocks=True, causal_in_group=True),
     "block_diffusion": Traits(drafts_blocks=True, masks_in_part=True),
@@ -217,7 +217,7 @@ FP8_ALIGN = {"none": 1, "delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8
 @dataclass(frozen=True)
 class Config:
     run_dir: str = "runs/default"  # checkpoints, tensorboard/, metrics.jsonl and config.yaml of this run
-    method: str = "tidar"  # one of METHODS
+    method: str = "tidar"  # a file of tidar_mega/methods
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -233,7 +233,7 @@ class Config:
 
     @property
     def traits(self) -> Traits:
-        return METHODS[self.method]
+        return METHODS.get(self.method, METHODS["tidar"])
 
     @property
     def drafted_rows(self) -> int:

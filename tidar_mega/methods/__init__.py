@@ -71,7 +71,7 @@ class Method(Protocol):
 
 
 def load(config: Config, mask_id: int) -> Method:
-    """The method that `config.method` names: a file of this folder, and a line of `METHODS` in `config/settings.py`."""
+    """The method that `config.method` names, which `config/checks.py` has found among the files of this folder."""
     return importlib.import_module(f"{__name__}.{config.method}").METHOD(config, mask_id)
 
 
