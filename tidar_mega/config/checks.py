@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import pkgutil
 from collections.abc import Collection
@@ -112,7 +113,11 @@ def check(config: Config) -> None:
 
 def _methods() -> tuple[str, ...]:
     """Their files; they are not imported, as they need torch, and a plan or a launch does not."""
-    folders = find_spec("tidar_mega.methods").submodule_search_locations
+    return _modules_in(tuple(find_spec("tidar_mega.methods").submodule_search_locations))
+
+
+@functools.cache  # a search for a layout checks thousands of configs
+def _modules_in(folders: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(sorted(module.name for module in pkgutil.iter_modules(folders)))
 
 
