@@ -277,7 +277,7 @@ def save_often_beside_the_training(rank: int, folder: Path):
 
 
 def flip(data: bytes) -> bytes:
-    """With one bit of the largest tensors' bytes turned."""
+    """With one bit in the middle turned."""
     middle = len(data) // 2
     return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
 

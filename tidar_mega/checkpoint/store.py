@@ -1,7 +1,7 @@
 """Checkpoints on disk: megatron's distributed format, written under a temporary name and published by a rename.
 
 A published folder `step_00000100` holds megatron's shards, `tokenizer/` and `meta.json`, which lists every file with
-its size. A folder without a published name was never finished and is removed by the next save.
+its size and checksum. A folder without a published name was never finished and is removed by the next save.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ import functools
 import inspect
 import json
 import os
-import pickle
-import re
 import shutil
 import time
 from collections.abc import Callable
@@ -25,7 +23,6 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
@@ -33,8 +30,10 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_base, force_a
 from torch.distributed.checkpoint.api import CheckpointException
 
 from tidar_mega import config as config_module
+from tidar_mega.checkpoint.checksums import changed_files, checksum, take_sum
+from tidar_mega.checkpoint.faults import by_rank, fault, first_line, is_of_content
 from tidar_mega.checkpoint.state import RANDOM, sharding
-from tidar_mega.checkpoint.writing import Writer, checksum, of_disk, sum_beside
+from tidar_mega.checkpoint.writing import Writer
 from tidar_mega.config import Config, UserError
 from tidar_mega.config.errors import storage_error
 from tidar_mega.parallel.failures import of_communication
@@ -45,9 +44,6 @@ _META = "meta.json"
 _NO_FSYNC = (errno.EINVAL, errno.ENOTSUP)  # what CIFS and some FUSE systems say to that of a folder
 _LOOK_EVERY = 100  # waits between two looks at what is being written: 5 s or a little more
 _MEGATRON_ERRORS = (Exception, CheckpointException)  # megatron, torch and pickle raise many; torch's is no Exception
-# those of them that damaged files lead to, unless they name what is no file
-_OF_CONTENT = (CheckpointingException, pickle.UnpicklingError, EOFError, LookupError, ValueError, RuntimeError)
-_OF_MACHINE = re.compile("CUDA|NCCL|can't allocate memory")
 
 
 class CheckpointError(UserError):
@@ -127,7 +123,7 @@ class CheckpointStore:
     def _publish(self, draft: _Draft) -> None:
         folder = draft.folder
         copy_files(draft.tokenizer, folder / "tokenizer")
-        sums = {path: _take_sum(path) for path in sorted(folder.glob("*.distcp"))}
+        sums = {path: take_sum(path) for path in sorted(folder.glob("*.distcp"))}
         flushed = {path: _flush(path) for path in sorted(folder.rglob("*"))}
         files = {str(path.relative_to(folder)): path for path in flushed if path.is_file()}
         about = {
@@ -234,20 +230,21 @@ def load(path: Path, parts: dict) -> dict:
     """
     try:
         if _match(path, parts):
-            _verify(path)
+            for name in changed_files(path, read_meta(path).get("crc32", {})):  # none from before they were kept
+                raise CheckpointError(f"{path / name}: not what was written there, its checksum is another; {_WAY_OUT}")
         with torch.no_grad():  # else megatron-core 0.19 reads into the FP8 weights themselves, piece by piece
             force_all_tensors_to_non_fp8(parts)
         return dist_checkpointing.load(parts, str(path))
     except _MEGATRON_ERRORS as error:
-        causes = _by_rank(error)
+        causes = by_rank(error)
         if isinstance(error, UserError) or any(map(of_communication, causes)):
             raise
-        if (fault := _fault(error)) is not None:
-            said = f"{path}: cannot be read ({_first_line(error)})"
-            raise storage_error(fault, CheckpointError, said, _READABLE) from error
-        if not all(map(_is_of_content, causes)):
+        if (found := fault(error)) is not None:
+            said = f"{path}: cannot be read ({first_line(error)})"
+            raise storage_error(found, CheckpointError, said, _READABLE) from error
+        if not all(map(is_of_content, causes)):
             raise
-        raise CheckpointError(f"{path}: cannot be loaded ({_first_line(error)}); {_WAY_OUT}") from error
+        raise CheckpointError(f"{path}: cannot be loaded ({first_line(error)}); {_WAY_OUT}") from error
 
 
 def _match(path: Path, parts: dict) -> bool:
@@ -276,22 +273,6 @@ def _match(path: Path, parts: dict) -> bool:
             "(config.yaml of its run), or set another run_dir to start anew"
         )
     return has_optimizer
-
-
-def _verify(path: Path) -> None:
-    """Raises CheckpointError on every rank if a file is not what was written there. Each rank reads some of them."""
-    sums = read_meta(path).get("crc32", {})  # none in a checkpoint from before they were kept
-    mine = sorted(sums)[dist.get_rank() :: dist.get_world_size()]
-    try:
-        found: list[str] | OSError = [name for name in mine if checksum(path / name) != sums[name]]
-    except OSError as error:
-        found = error
-    ranks = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, found)
-    for fault in (f for f in ranks if isinstance(f, OSError)):
-        raise fault
-    for name in (name for names in ranks for name in names):
-        raise CheckpointError(f"{path / name}: not what was written there, its checksum is another; {_WAY_OUT}")
 
 
 _OPTIMIZER = "optimizer."
@@ -345,12 +326,12 @@ def _give_up(draft: Path, error: BaseException) -> NoReturn:
     shutil.rmtree(draft, ignore_errors=True)
     said = _cannot_write(draft, error)
     mend = "free space or change run_dir, then run the same command to resume"
-    raise storage_error(_fault(error), CheckpointError, said, mend) from error
+    raise storage_error(fault(error), CheckpointError, said, mend) from error
 
 
 def _give_up_alone(draft: Path, error: BaseException) -> NoReturn:
     """On a rank that meets `error` while the others know nothing of it."""
-    if _fault(error) is not None or "PytorchStreamWriter" in str(error):  # torch's own writer does not say why
+    if fault(error) is not None or "PytorchStreamWriter" in str(error):  # torch's own writer does not say why
         _give_up(draft, error)
     raise error
 
@@ -373,49 +354,9 @@ def _cannot_write(draft: Path, error: BaseException) -> str:
     except OSError:
         free = "the folder cannot be read"
     return (
-        f"{draft.parent}: the checkpoint could not be written ({_first_line(error)}; {free}); "
+        f"{draft.parent}: the checkpoint could not be written ({first_line(error)}; {free}); "
         "earlier checkpoints are whole"
     )
-
-
-def _by_rank(error: BaseException) -> list[BaseException]:
-    """What each rank met, where torch has put that together."""
-    return [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
-
-
-def _fault(error: BaseException) -> OSError | None:
-    """The fault of storage behind `error`, if that is known. Of what another process met, only the text is left."""
-    for part in _by_rank(error):
-        cause = of_disk(part)
-        if isinstance(cause, OSError):
-            return cause
-        if found := re.search(r"\[Errno (\d+)\] (.*)", str(part)):
-            return OSError(int(found[1]), found[2])
-    return None
-
-
-def _is_of_content(error: BaseException) -> bool:
-    """Whether `error` comes of what the files hold, and not of this machine's memory or devices."""
-    is_memory = isinstance(error, torch.OutOfMemoryError)
-    return isinstance(error, _OF_CONTENT) and not is_memory and not _OF_MACHINE.search(str(error))
-
-
-def _first_line(error: BaseException) -> str:
-    """What went wrong, without the traces of other ranks that torch puts into its message."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    causes = [line for line in lines if "Errno" in line or re.match(r"[\w.]+(Error|Exception): ", line)]
-    return (causes or lines or [type(error).__name__])[-1 if causes else 0]
-
-
-def _take_sum(path: Path) -> str:
-    """The checksum that its writer left beside a file, which is deleted; of the file as it is where there is none."""
-    beside = sum_beside(path)
-    try:
-        found = beside.read_text()
-        beside.unlink()
-    except FileNotFoundError:  # a network file system may show it late
-        return checksum(path)
-    return found
 
 
 def _flush(path: Path) -> int:

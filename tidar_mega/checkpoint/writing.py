@@ -15,7 +15,6 @@ import queue
 import signal
 import tempfile
 import time
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,13 +26,13 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed import ProcessGroup
 
+from tidar_mega.checkpoint.checksums import checksum, sum_beside
 from tidar_mega.lifetime import end_with
 
 _FORMAT = ("torch_dist", 1)
 # from megatron-core 0.18 on it must be asked for by name; the other one writes through a package of its own
 _OWN = {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else {}
 _POLL_SECONDS = 0.05
-_BLOCK_BYTES = 1 << 24
 
 
 class Writer:
@@ -104,20 +103,6 @@ def _write_file(transforms: list, index: int, bucket) -> list | Exception:
     except OSError as error:
         return error
     return outcome.get()[1]
-
-
-def sum_beside(path: Path) -> Path:
-    """Where the checksum of a file stands until the checkpoint is published, with all of them in its meta.json."""
-    return path.with_name(f"{path.name}.crc32")
-
-
-def checksum(path: Path) -> str:
-    """CRC-32 of a file's contents, in hex."""
-    total = 0
-    with path.open("rb", buffering=0) as file:
-        while block := file.read(_BLOCK_BYTES):
-            total = zlib.crc32(block, total)
-    return f"{total:08x}"
 
 
 def of_disk(error: BaseException) -> BaseException:
