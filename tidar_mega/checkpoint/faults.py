@@ -1,4 +1,4 @@
-"""What lies behind the errors that megatron-core and torch raise for a checkpoint: storage, damaged contents, neither."""
+"""What lies behind the errors of megatron-core and torch for a checkpoint: storage, damaged contents, or neither."""
 
 from __future__ import annotations
 
