@@ -47,6 +47,7 @@ ONE_ROOM = {
     "transformer_engine": {"model"},
     "torch.utils.tensorboard": {"train"},
     "tensorboard": {"train"},
+    "lm_eval": {"evaluation"},
 }
 
 

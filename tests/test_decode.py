@@ -20,7 +20,7 @@ from tidar_mega.decode.forward import Plan, Work
 from tidar_mega.decode.outcomes import Drafting
 from tidar_mega.decode.sampling import Sampling, SamplingParams, choose
 from tidar_mega.evaluation.acceptance import distinct_share
-from tidar_mega.evaluation.likelihood import held_out_loss
+from tidar_mega.evaluation.likelihood import held_out_loss, score
 from tidar_mega.losses import cross_entropy
 from tidar_mega.methods.tidar import Tidar
 from tidar_mega.model.attention import TrainingAttention
@@ -310,3 +310,27 @@ def test_the_held_out_loss_is_that_of_the_plain_model(trained, text):
     assert found["validation_nats_per_token"] == pytest.approx(float(nats.mean()), rel=1e-5)
     length = int(token_bytes[chosen[:, 1:]].sum())
     assert found["validation_nats_per_byte"] == pytest.approx(float(nats.sum()) / length, rel=1e-5)
+
+
+@pytest.mark.parametrize("rows", [4096, 90])
+def test_scores_are_those_of_the_plain_model(trained, text, rows):
+    """Continuations that share contexts, in one forward and in several, against a float64 forward for each."""
+    engine = Engine(InferenceModel(trained), Bytes(), block=4, capacity=128)
+    pieces = text[-600:].view(12, 50).tolist()
+    cuts = ((1, 9), (20, 21), (20, 50), (40, 40))
+    pairs = [(piece[:cut], piece[cut:end]) for piece in pieces[:4] for cut, end in cuts]
+    pairs += [(pieces[5][:20], pieces[6][:n]) for n in (3, 1, 30)]
+    pairs += [(pieces[7][:20], [5]), (pieces[5][:20], pieces[7][:4])]  # of one context, but not side by side
+    greedy = engine.generate([piece[:30] for piece in pieces], SamplingParams(max_tokens=8))
+    pairs += [(piece[:30], g.tokens) for piece, g in zip(pieces, greedy, strict=True)]
+    pairs += [(piece[:30], [*g.tokens[:-1], (g.tokens[-1] + 1) % 256]) for piece, g in zip(pieces, greedy, strict=True)]
+    found = score(engine, pairs, rows=rows)
+
+    weights = {name: weight.detach().double() for name, weight in trained.named_parameters()}
+    plain = PlainTidar(weights, to_tree(tiny_config())["model"])
+    for (nats, _), (context, continuation) in zip(found, pairs, strict=True):
+        token = torch.tensor([*context, *continuation])
+        expected_N, _ = plain.losses([(token, torch.zeros_like(token))], 4, Bytes.mask)
+        assert nats == pytest.approx(-float(expected_N[len(context) - 1 :].sum()), abs=1e-4)
+    best = [is_best for _, is_best in found]
+    assert all(best[-24:-12]) and not any(best[-12:])

@@ -177,6 +177,30 @@ def test_the_attention_over_pages_has_the_numbers_of_plain_products():
     assert alone(compare_attentions) < 2e-3  # TF32 in FlexAttention's kernels
 
 
+def compare_scores() -> float:
+    """Largest difference of log-likelihoods of continuations between FlexAttention and the dense mask, in nats."""
+    from tests.test_decode_requests import Bytes
+    from tidar_mega.decode.engine import Engine
+    from tidar_mega.evaluation import likelihood
+    from tidar_mega.model.gpt import build
+    from tidar_mega.model.inference import InferenceModel
+    from tidar_mega.parallel.mesh import build_mesh
+
+    config = config_module.from_tree({"model": MIDDLE | {"num_layers": 2}, "precision": {"dtype": "fp32"}})
+    build_mesh(config)
+    (model,) = build(config, Bytes.vocab_size, training=False)
+    engine = Engine(InferenceModel(model), Bytes(), 4, 2048, cache_tokens=8192)
+    pairs = [(list(range(1 + 30 * (i // 3))), list(range(i, i + 4))) for i in range(15)]
+    flex = likelihood.score(engine, pairs)
+    likelihood.choose_backend = lambda *_: "dense"
+    dense = likelihood.score(engine, pairs)
+    return max(abs(a - b) for (a, _), (b, _) in zip(flex, dense, strict=True))
+
+
+def test_likelihoods_of_continuations_are_those_of_the_dense_mask():
+    assert alone(compare_scores) < 2e-2
+
+
 def test_the_latency_curve_of_this_gpu(work, say):
     tidar(work, "bench", "slots", "whole", "--json", "slots.json")
     figures = json.loads((work / "slots.json").read_text())

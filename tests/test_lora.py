@@ -33,6 +33,7 @@ from tidar_mega.decode.engine import Engine
 from tidar_mega.decode.flex import FlexPagedAttention
 from tidar_mega.decode.graphs import Recorder
 from tidar_mega.decode.sampling import SamplingParams
+from tidar_mega.evaluation.likelihood import score
 from tidar_mega.model import gpt, lora
 from tidar_mega.model.attention import TrainingAttention
 from tidar_mega.model.inference import InferenceModel
@@ -204,6 +205,13 @@ def test_the_adapters_begin_with_adding_nothing(world):  # noqa: F811
     rows = methods.load(config, Bytes.mask).training_rows(rows_of_text(torch.arange(16)[None]), torch.tensor([0]))
     hidden = [m(rows=rows, context=TrainingAttention(rows, "dense")) for m in (base, model)]
     torch.testing.assert_close(hidden[0], hidden[1], rtol=0, atol=0)
+
+
+def test_likelihoods_are_those_of_the_base(pair, prompts):  # noqa: F811
+    """Continuations are groups of rows there, as masks are, and yet no adapter may act on them."""
+    pairs = [(prompt[:5], prompt[5:]) for prompt in prompts[:4]]
+    base, model = (Engine(InferenceModel(m), Bytes(), 4, 128) for m in pair)
+    assert score(model, pairs) == score(base, pairs)
 
 
 @pytest.mark.parametrize("outcomes", ["all", "last", "none"])

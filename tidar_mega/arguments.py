@@ -21,6 +21,13 @@ def positive(word: str) -> int:
     return int(word)
 
 
+def whole(word: str) -> int:
+    """The `type` of an argument that counts something of which there may be none."""
+    if not word.isdecimal():
+        raise argparse.ArgumentTypeError(f"{word}: must be a whole number of 0 or more")
+    return int(word)
+
+
 def above_zero(word: str) -> float:
     """The `type` of an argument that measures something."""
     try:

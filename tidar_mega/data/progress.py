@@ -11,13 +11,13 @@ _LINE_SECONDS = 10.0  # between plain lines
 
 
 class Progress:
-    """`with Progress("reading", total) as p: p.advance(n)`. `total` None: not known before."""
+    """`with Progress("reading", total, "B") as p: p.advance(n)`. `total` None: not known before."""
 
-    def __init__(self, title: str, total: int | None, unit: str) -> None:
-        self._title, self._total, self._unit = title, total, unit
+    def __init__(self, title: str, total: int | None, unit: str, silent: bool = False) -> None:
+        self._title, self._total, self._unit, self._silent = title, total, unit, silent
         self._done, self._started = 0, time.monotonic()
         self._last_line = self._started
-        self._bar = _make_bar(unit) if sys.stderr.isatty() else None
+        self._bar = _make_bar(unit) if sys.stderr.isatty() and not silent else None
 
     def __enter__(self) -> Progress:
         if self._bar is not None:
@@ -28,7 +28,7 @@ class Progress:
     def __exit__(self, *exception) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif exception[0] is None:
+        elif exception[0] is None and not self._silent:
             seconds = time.monotonic() - self._started
             print(f"{self._title}: {self._amount(self._done)}, {seconds:.1f} s", file=sys.stderr, flush=True)
 
@@ -37,7 +37,7 @@ class Progress:
         now = time.monotonic()
         if self._bar is not None:
             self._bar.advance(self._task, count)
-        elif now - self._last_line >= _LINE_SECONDS:
+        elif now - self._last_line >= _LINE_SECONDS and not self._silent:
             self._last_line = now
             print(self._line(now - self._started), file=sys.stderr, flush=True)
 

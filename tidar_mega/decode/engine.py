@@ -31,6 +31,7 @@ from tidar_mega.decode.requests import Commit, Generation, Request
 from tidar_mega.decode.sampling import SamplingParams
 from tidar_mega.methods import IN_PLACE, Drafter
 from tidar_mega.model.inference import InferenceModel
+from tidar_mega.parallel.mesh import share_out
 
 MODES = ("fused", "ar", "blocks")
 
@@ -125,13 +126,13 @@ class Engine:
         A prompt is one document from its start, positions from 0. Raises UserError on a prompt that is empty, holds
         ids that are no text, leaves no room for a token or can never fit the pages, before anything is computed.
         """
-        requests = self._requests(prompts, params, mode)
-        size, rank = (1, 0) if self.replicas is None else (self.replicas.size(), self.replicas.rank())
-        for _ in self._run(requests[rank::size]):
-            pass
-        if size > 1:
-            self._exchange(requests, rank, size)
-        return [request.result for request in requests]
+
+        def work(requests: list[Request]) -> list[Generation]:
+            for _ in self._run(requests):
+                pass
+            return [request.result for request in requests]
+
+        return share_out(self._requests(prompts, params, mode), work, self.replicas)
 
     def stream(self, prompt: Sequence[int], params: SamplingParams, mode: str = "fused") -> Iterator[Commit]:
         """Continues one prompt, yielding what each forward gives as soon as it is known. Raises as `generate`."""
@@ -154,12 +155,6 @@ class Engine:
         finally:
             for request in requests:
                 self.cancel(request)
-
-    def _exchange(self, requests: list[Request], rank: int, size: int) -> None:
-        found = [None] * size
-        dist.all_gather_object(found, [r.result for r in requests[rank::size]], group=self.replicas)
-        for i, request in enumerate(requests):
-            request.result = found[i % size][i // size]
 
     # requests that join and leave
 

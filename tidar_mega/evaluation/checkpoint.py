@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from tidar_mega.checkpoint import store
+from tidar_mega.config import UserError
 from tidar_mega.data.stream import open_stream
 from tidar_mega.decode import trace
 from tidar_mega.decode.load import Loaded, load_engine
@@ -25,9 +26,12 @@ Draw = Callable[[Path, int, dict[str, float], list[int], np.ndarray], None]
 
 
 def run(args: argparse.Namespace, draw: Draw) -> dict:
-    """The checkpoint's step, its `held_out_loss`, and what `acceptance.summarise` says; also as a line of FILE in the
-    run folder and, by `draw`, as pictures. Raises UserError."""
+    """The checkpoint's step, its `held_out_loss`, what `acceptance.summarise` says, and the figures of `--tasks`; also
+    as a line of FILE in the run folder and, by `draw`, as pictures. Raises UserError."""
+    if args.tasks:
+        harness = _harness()
     loaded = load_engine(args.checkpoint, ["decode.outcomes=all", *args.overrides])
+    of_tasks = harness.run(args, loaded) if args.tasks else {}
     data = loaded.config.data
     stream = open_stream(data.path, "validation", data.seq_length, loaded.config.train.seed)
     prompts = held_out_prompts(stream, args.prompts, args.prompt_tokens)
@@ -35,14 +39,23 @@ def run(args: argparse.Namespace, draw: Draw) -> dict:
     fused, ar, commits = _decode(loaded, prompts, args.max_tokens)
     loss = held_out_loss(loaded.engine, stream, loaded.tokenizer.token_bytes, args.sequences)
     figures = loaded.mesh.from_head(loss) | summarise(loaded.engine.block, fused, ar)
+    numbers = {name: value for name, value in figures.items() if isinstance(value, float)}
+    figures |= of_tasks
     if loaded.mesh.is_main:
         _keep(loaded.run_folder / FILE, {"step": step, **figures})
-        numbers = {name: value for name, value in figures.items() if isinstance(value, float)}
         picture = trace.picture(commits, loaded.tokenizer.decode)
-        draw(loaded.run_folder, step, numbers, figures["acceptance_histogram"], picture)
+        draw(loaded.run_folder, step, numbers | of_tasks, figures["acceptance_histogram"], picture)
         said = " | ".join(f"{name} {value:.4f}" for name, value in numbers.items())
         print(f"evaluation of step {step} | {said}", flush=True)
     return {"step": step, **figures}
+
+
+def _harness():
+    try:
+        from tidar_mega.evaluation import harness
+    except ImportError as error:
+        raise UserError(f"--tasks needs lm-evaluation-harness ({error}): pip install lm-eval") from None
+    return harness
 
 
 def _keep(path: Path, line: dict) -> None:

@@ -9,10 +9,11 @@ import sys
 import time
 from pathlib import Path
 
-from tidar_mega.arguments import above_zero, positive
+from tidar_mega.arguments import above_zero, positive, whole
 from tidar_mega.config import UserError
 
 FILE = "evaluations.jsonl"  # in the run folder, one line for each evaluation
+_PASSED_ON = ("prompts", "prompt-tokens", "max-tokens", "sequences", "tasks", "num-fewshot", "limit", "include-path")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +21,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-tokens", type=positive, default=64)
     parser.add_argument("--max-tokens", type=positive, default=64, help="longest continuation")
     parser.add_argument("--sequences", type=positive, default=64, help="held-out sequences for the loss")
+    tasks = parser.add_argument_group("tasks of lm-evaluation-harness (pip install lm-eval)")
+    tasks.add_argument("--tasks", metavar="NAME,..", help="its tasks, groups and tags, such as arc_easy,gsm8k")
+    tasks.add_argument("--num-fewshot", type=whole, help="examples in a prompt; without, the task's own number")
+    tasks.add_argument("--limit", type=positive, help="only so many questions of each task")
+    tasks.add_argument("--include-path", type=Path, metavar="FOLDER", help="YAML files of tasks of your own")
+    tasks.add_argument(
+        "--confirm-run-unsafe-code", action="store_true", help="for tasks that run the code that the model writes"
+    )
     parser.add_argument("--watch", action="store_true", help="each new checkpoint, until the run is finished")
     parser.add_argument("--period", type=above_zero, default=30.0, help="seconds between two looks of --watch")
 
@@ -45,8 +54,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _evaluate(path: Path, args: argparse.Namespace) -> None:
-    options = [f"--{n}={getattr(args, n.replace('-', '_'))}" for n in ("prompts", "prompt-tokens", "max-tokens")]
-    words = ["evaluate", str(path), *options, f"--sequences={args.sequences}", *args.overrides]
+    given = {name: getattr(args, name.replace("-", "_")) for name in _PASSED_ON}
+    options = [f"--{name}={value}" for name, value in given.items() if value is not None]
+    if args.confirm_run_unsafe_code:
+        options.append("--confirm-run-unsafe-code")
+    words = ["evaluate", str(path), *options, *args.overrides]
     code = subprocess.run([sys.executable, "-P", "-u", "-m", "tidar_mega.cli", *words]).returncode
     if code and path.is_dir():  # else it was deleted under its hands (checkpoint.keep_last)
         raise UserError(f"the evaluation of {path} ended with code {code}, see above; the same command goes on there")

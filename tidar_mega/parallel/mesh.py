@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,6 +77,16 @@ class Mesh:
         if error[0] is not None:
             raise error[0]
         return result
+
+
+def share_out(items: Sequence, work: Callable[[list], list], group: dist.ProcessGroup | None) -> list:
+    """Collective over the group (None: alone). What `work` makes of all items, one result each and in their order, on
+    every rank; each rank does it for a share of them."""
+    if group is None or group.size() == 1:
+        return work(list(items))
+    size, found = group.size(), [None] * group.size()
+    dist.all_gather_object(found, work(list(items[group.rank() :: size])), group=group)
+    return [found[i % size][i // size] for i in range(len(items))]
 
 
 def build_mesh(config: Config) -> Mesh:
