@@ -40,6 +40,49 @@ def test_a_bad_setting_is_refused_and_the_way_out_is_named(override):
     assert override.split("=")[0] in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["parallel.pipeline=3"], "model.num_layers = 4: must be a multiple of parallel.pipeline.*last_stage_layers"),
+        (["parallel.last_stage_layers=1"], "parallel.last_stage_layers = 1: must be null with parallel.pipeline = 1"),
+        (["parallel.pipeline=2", "parallel.last_stage_layers=0"], "last_stage_layers = 0: must be a multiple of"),
+        (["parallel.pipeline=2", "parallel.last_stage_layers=4"], "last_stage_layers = 4: must be such .*0 of 4"),
+        (["parallel.pipeline=3", "parallel.first_stage_layers=1"], "first_stage_layers = 1: must be such .*3 of 4"),
+        (
+            ["parallel.pipeline=2", "parallel.first_stage_layers=1", "parallel.last_stage_layers=1"],
+            "last_stage_layers = 1: must be such .*none are left",
+        ),
+        (
+            ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.last_stage_layers=1"],
+            "last_stage_layers = 1: must be a multiple of parallel.virtual_pipeline",
+        ),
+        (
+            [
+                "parallel.pipeline=2",
+                "parallel.last_stage_layers=1",
+                "parallel.recompute=full",
+                "parallel.recompute_layers=3",
+            ],
+            "recompute_layers = 3: must be a divisor of the layers of a stage .1 and 3.",
+        ),
+    ],
+)
+def test_stages_that_cannot_be_made_are_refused(overrides, said):
+    with pytest.raises(ConfigError, match=said):
+        load(None, overrides)
+
+
+def test_layers_of_the_stages():
+    def stages(*overrides: str) -> tuple[int, ...]:
+        return load(None, [f"parallel.{override}" for override in overrides]).stage_layers
+
+    assert stages("pipeline=1") == (4,)
+    assert stages("pipeline=2") == (2, 2)
+    assert stages("pipeline=2", "last_stage_layers=1") == (3, 1)
+    assert stages("pipeline=3", "last_stage_layers=2") == (1, 1, 2)
+    assert stages("pipeline=3", "first_stage_layers=1", "last_stage_layers=1") == (1, 2, 1)
+
+
 def test_files_and_overrides_merge_and_come_back_from_a_tree(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("train:\n  steps: 7\nmodel:\n  kv_channels: 32\noptimizer:\n  warmup_steps: 2\n")

@@ -61,7 +61,7 @@ def settings(corpus: Path, layout: tuple, fraction: float = 1.0, **more) -> conf
                 "random_offset": fraction < 1,
             },
             "optimizer": {"lr": 3e-4, "warmup_steps": 5},
-            "parallel": {**parallel, **LAYOUTS[layout], **more},
+            "parallel": {**parallel, **LAYOUTS.get(layout, {}), **more},
             "precision": {"dtype": "fp32"},
         }
     )
@@ -220,6 +220,30 @@ def test_overlapped_communication_changes_nothing(corpus, alone, table):
         assert all(figures < LOSS and gradients < GRADIENT for figures, gradients in worst)
 
 
+@pytest.mark.parametrize(
+    ("layout", "layers", "ends"),
+    [
+        ((1, 2, 1, 1, 1), 4, {"last_stage_layers": 1}),
+        ((1, 3, 1, 1, 1), 4, {"first_stage_layers": 1, "last_stage_layers": 1}),
+        ((1, 2, 2, 1, 1), 6, {"last_stage_layers": 2}),
+        ((2, 2, 1, 1, 1), 4, {"first_stage_layers": 1}),
+    ],
+    ids=str,
+)
+def test_stages_of_unlike_lengths_change_nothing(layout, layers, ends, corpus, table):
+    def configs(layout, **more):
+        made = [settings(corpus, layout, fraction, **more) for fraction in (1.0, 0.5)]
+        return [config_module.override(config, [f"model.num_layers={layers}"]) for config in made]
+
+    alone = zip(*processes.run(train, 1, configs(ALONE), 4), strict=True)
+    size = layout[0] * layout[1]
+    results = zip(*processes.run(train, size, configs(layout, sequence=layout[0] > 1, **ends), 4), strict=True)
+    worst = [compare(got, expected) for got, expected in zip(results, alone, strict=True)]
+    line = " | ".join(f"figures {a:.1e} gradients {b:.1e}" for a, b in worst)
+    table.append(f"{layout}, {layers} layers, {ends}: {line}")
+    assert all(figures < LOSS and gradients < GRADIENT for figures, gradients in worst)
+
+
 def compare(got: list[Result], expected: list[Result]) -> tuple[float, float]:
     """Largest relative errors of the figures of all steps and of the gradients of the first."""
     (expected,) = expected
@@ -262,9 +286,10 @@ def load_and_go_on(rank: int, config: config_module.Config, path: Path):
 
 def test_a_checkpoint_goes_on_under_any_layout(corpus, tmp_path, table):
     ((path, expected), *_) = processes.run(save_and_go_on, 4, settings(corpus, (2, 1, 1, 1, 2)), tmp_path)
-    for layout in ((1, 2, 1, 1, 1), (1, 2, 2, 1, 1), (1, 1, 1, 2, 1), ALONE):
+    two, uneven = (1, 2, 1, 1, 1), {"last_stage_layers": 1}
+    for layout, ends in ((two, {}), (two, uneven), ((1, 2, 2, 1, 1), {}), ((1, 1, 1, 2, 1), {}), (ALONE, {})):
         size = layout[1] * layout[3]
-        got = torch.tensor(processes.run(load_and_go_on, size, settings(corpus, layout), path)[0])
+        got = torch.tensor(processes.run(load_and_go_on, size, settings(corpus, layout, **ends), path)[0])
         error = float(((got - torch.tensor(expected)).abs() / torch.tensor(expected).abs().clamp(min=0.1)).max())
-        table.append(f"saved at (2, 1, 1, 1, 2), gone on at {layout}: figures {error:.1e}")
+        table.append(f"saved at (2, 1, 1, 1, 2), gone on at {layout}{ends or ''}: figures {error:.1e}")
         assert error < LOSS

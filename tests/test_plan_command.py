@@ -157,18 +157,23 @@ def test_an_optimizer_on_the_host_takes_longer():
     assert there.optimizer > 5 * here.optimizer and there.products == here.products
 
 
-def test_a_step_is_that_of_a_played_pipeline_whose_last_stage_is_slower():
+@pytest.mark.parametrize("ends", [(None, None), (None, 6), (None, 3), (10, 6), (12, 12), (3, None)])
+def test_a_step_is_that_of_a_played_pipeline_of_unlike_stages(ends):
     from tests.test_plan import one_forward_one_backward
 
     settings = ("parallel.pipeline=4", "parallel.overlap_grad_reduce=false", "parallel.overlap_param_gather=false")
-    plan = layout(64, *settings)
+    first, last = ends
+    given = {"first_stage_layers": first, "last_stage_layers": last}
+    plan = layout(64, *settings, *(f"parallel.{key}={value}" for key, value in given.items() if value))
     fast = replace(H100, nvlink_gbs=1e12, internode_gbs=1e12)  # communication has its own tests
-    stage = layer_seconds(plan, fast).total * plan.stage_layers
-    stages = [stage] * 3 + [stage + head_seconds(plan, fast).total]
+    between = (36 - (first or 0) - (last or 0)) // (4 - bool(first) - bool(last))
+    layer = layer_seconds(plan, fast).total
+    stages = [layer * (first or between), layer * between, layer * between, layer * (last or between)]
+    stages[-1] += head_seconds(plan, fast).total
     timing = predict(plan, fast)
-    assert timing.step - timing.optimizer == pytest.approx(
-        one_forward_one_backward(stages, plan.micro_batches), rel=1e-6
-    )
+    played = one_forward_one_backward(stages, plan.micro_batches)
+    # exact where the last is the slowest; else up to a forward too much
+    assert timing.step - timing.optimizer == pytest.approx(played, rel=1e-6 if stages[-1] == max(stages) else 1e-2)
 
 
 def test_recomputation_costs_a_forward():

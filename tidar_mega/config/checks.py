@@ -7,6 +7,7 @@ import math
 import pkgutil
 from collections.abc import Collection
 from importlib.util import find_spec
+from operator import attrgetter
 
 from tidar_mega.config.errors import require
 from tidar_mega.config.settings import FP8_ALIGN, Config
@@ -79,10 +80,10 @@ def check(config: Config) -> None:
     """Refuses impossible values and combinations. Raises ConfigError."""
     m, t, o, p = config.model, config.train, config.optimizer, config.parallel
     _choice("method", config.method, _methods())
-    for key in _ABOVE_ZERO:
-        require(0 < _value(config, key) < math.inf, key, _value(config, key), "a number above 0")
-    for key in _ZERO_OR_MORE:
-        require(0 <= _value(config, key) < math.inf, key, _value(config, key), "a number of 0 or more")
+    for key, value in zip(_ABOVE_ZERO, attrgetter(*_ABOVE_ZERO)(config), strict=True):
+        require(0 < value < math.inf, key, value, "a number above 0")
+    for key, value in zip(_ZERO_OR_MORE, attrgetter(*_ZERO_OR_MORE)(config), strict=True):
+        require(0 <= value < math.inf, key, value, "a number of 0 or more")
     _choice("model.attention", m.attention, ("auto", "dense", "tiles", "flex"))
     _choice("precision.dtype", config.precision.dtype, ("bf16", "fp32"))
     _choice("precision.layers", config.precision.layers, ("auto", "local", "te"))
@@ -160,7 +161,7 @@ def _check_shapes(config: Config) -> None:
 
 
 def _check_parallel(config: Config) -> None:
-    m, p, length = config.model, config.parallel, config.data.seq_length
+    p, length = config.parallel, config.data.seq_length
     if p.sequence:
         require(p.tensor > 1, "parallel.sequence", True, "true only with parallel.tensor above 1")
     if p.sequence and p.context == 1:  # with context parallelism, each rank's rows are filled up to a multiple
@@ -170,19 +171,7 @@ def _check_parallel(config: Config) -> None:
         require(ok, "data.seq_length", length, allowed, "or change train.draft_fraction")
     if config.traits.has_depths:  # megatron-core 0.16 cannot hand our attention's context through it
         require(p.recompute != "full", "parallel.recompute", "full", "none or selective with method = mtp")
-    parts = p.pipeline * p.virtual_pipeline
-    allowed = f"a multiple of parallel.pipeline x parallel.virtual_pipeline ({p.pipeline} x {p.virtual_pipeline})"
-    require(m.num_layers % parts == 0, "model.num_layers", m.num_layers, allowed)
-    layers = m.num_layers // parts
-    if p.recompute == "full":  # megatron would ask for a layer that does not exist
-        allowed = f"a divisor of the layers of one stage ({layers})"
-        require(layers % p.recompute_layers == 0, "parallel.recompute_layers", p.recompute_layers, allowed)
-    require(
-        p.virtual_pipeline == 1 or p.pipeline > 1,
-        "parallel.virtual_pipeline",
-        p.virtual_pipeline,
-        "1 with parallel.pipeline = 1",
-    )
+    _check_stages(config)
     allowed = f"a multiple of 2 x parallel.context ({2 * p.context})"
     require(p.context == 1 or length % (2 * p.context) == 0, "data.seq_length", length, allowed)
     if p.overlap_param_gather:
@@ -196,6 +185,34 @@ def _check_parallel(config: Config) -> None:
     if p.data is not None:
         require(p.data > 0, "parallel.data", p.data, "a number above 0")
         check_batch(config, p.data)
+
+
+def _check_stages(config: Config) -> None:
+    layers, p = config.model.num_layers, config.parallel
+    virtual, allowed = p.virtual_pipeline, "1 with parallel.pipeline = 1"
+    require(virtual == 1 or p.pipeline > 1, "parallel.virtual_pipeline", virtual, allowed)
+    ends = [key for key in ("first_stage_layers", "last_stage_layers") if getattr(p, key) is not None]
+    for key in ends:
+        value, key = getattr(p, key), f"parallel.{key}"
+        require(p.pipeline > 1, key, value, "null with parallel.pipeline = 1")
+        require(value > 0 and value % virtual == 0, key, value, f"a multiple of parallel.virtual_pipeline ({virtual})")
+    stages = config.stage_layers
+    if not ends:
+        allowed = f"a multiple of parallel.pipeline x parallel.virtual_pipeline ({p.pipeline} x {virtual})"
+        way = "or give the last stage another number, parallel.last_stage_layers"
+        require(layers % (p.pipeline * virtual) == 0, "model.num_layers", layers, allowed, way)
+    else:
+        others = p.pipeline - len(ends)
+        rest = layers - sum(getattr(p, key) for key in ends)
+        allowed = f"such that the layers that are left ({rest} of {layers}) are a multiple of {others * virtual}, "
+        allowed += "the other stages x parallel.virtual_pipeline" if others else "such that none are left"
+        ok = sum(stages) == layers and min(stages) > 0 and all(count % virtual == 0 for count in stages)
+        require(ok, f"parallel.{ends[-1]}", getattr(p, ends[-1]), allowed)
+    if p.recompute == "full":  # megatron would ask for a layer that does not exist
+        chunks = sorted({count // virtual for count in stages})
+        allowed = f"a divisor of the layers of a stage ({' and '.join(map(str, chunks))})"
+        ok = all(chunk % p.recompute_layers == 0 for chunk in chunks)
+        require(ok, "parallel.recompute_layers", p.recompute_layers, allowed)
 
 
 def _check_offload(config: Config) -> None:
@@ -225,10 +242,9 @@ def _check_precision(config: Config) -> None:
         require(config.parallel.distributed_optimizer, "precision.fp8_param_gather", True, allowed)
         allowed = "false with mxfp8, whose weights megatron gathers in bf16"
         require(precision.fp8 != "mxfp8", "precision.fp8_param_gather", True, allowed)
-    stage = layers // config.parallel.pipeline
-    for key in ("bf16_first_layers", "bf16_last_layers"):
-        kept, allowed = getattr(precision, key), f"at most the layers of one pipeline stage ({stage})"
-        require(kept <= stage, f"precision.{key}", kept, allowed)
+    for key, stage in {"bf16_first_layers": 0, "bf16_last_layers": -1}.items():
+        kept, most = getattr(precision, key), config.stage_layers[stage]
+        require(kept <= most, f"precision.{key}", kept, f"at most the layers of that pipeline stage ({most})")
     kept = precision.bf16_first_layers + precision.bf16_last_layers
     if kept:
         allowed = f"at most model.num_layers ({layers}) with precision.bf16_last_layers"
@@ -317,11 +333,6 @@ def check_batch(config: Config, data_parallel: int) -> None:
         allowed,
         f"for example {max(unit, t.global_batch_size // unit * unit)}",
     )
-
-
-def _value(config: Config, key: str) -> float:
-    section, name = key.split(".")
-    return getattr(getattr(config, section), name)
 
 
 def _choice(key: str, value: str, allowed: Collection[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 
@@ -92,7 +93,9 @@ class OptimizerConfig:
 class ParallelConfig:
     tensor: int = 1
     sequence: bool = False  # sequence parallel: norms and residuals are split over the tensor group
-    pipeline: int = 1  # stages, each with num_layers / pipeline layers
+    pipeline: int = 1  # stages, each with num_layers / pipeline layers, but for
+    first_stage_layers: int | None = None  # the first, with so many, and
+    last_stage_layers: int | None = None  # the last, which has the head as well: a wide one is worth several layers
     virtual_pipeline: int = 1  # parts of each stage, round which micro-batches go this often (interleaved)
     context: int = 1  # the rows of each sequence are split over this many processes
     # replicas: processes / (tensor x pipeline x context) when null; without a launcher, 1 or as many as fit
@@ -251,6 +254,15 @@ class Config:
     def rows_per_place(self) -> int:
         """Rows that leave the last layers for each one that the backbone's first layer takes."""
         return 1 + self.model.mtp_num_layers if self.traits.has_depths else 1 + self.traits.has_causal_block
+
+    @cached_property
+    def stage_layers(self) -> tuple[int, ...]:
+        """Layers of each pipeline stage, from the first on."""
+        p = self.parallel
+        ends = {0: p.first_stage_layers, p.pipeline - 1: p.last_stage_layers}
+        ends = {stage: layers for stage, layers in ends.items() if layers is not None}
+        others = (self.model.num_layers - sum(ends.values())) // max(1, p.pipeline - len(ends))
+        return tuple(ends.get(stage, others) for stage in range(p.pipeline))
 
     @property
     def row_multiple(self) -> int:

@@ -81,6 +81,8 @@ def _layout(config: Config, training: bool) -> dict:
         "tensor_model_parallel_size": p.tensor,
         "sequence_parallel": p.sequence and training,
         "pipeline_model_parallel_size": p.pipeline,
+        "num_layers_in_first_pipeline_stage": p.first_stage_layers,
+        "num_layers_in_last_pipeline_stage": p.last_stage_layers,
         "virtual_pipeline_model_parallel_size": p.virtual_pipeline if interleaved else None,
         "context_parallel_size": p.context,
         # With two stages, the stage before and the stage after are one process, and batched sends to it are matched in

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from tidar_mega.plan.hardware import Hardware
 from tidar_mega.plan.layout import Layout
 from tidar_mega.plan.memory import FLOAT32, fp8_share, width
-from tidar_mega.plan.parameters import depths, head_parameters, layer_parameters
+from tidar_mega.plan.parameters import head_parameters, layer_parameters
 
 
 @dataclass(frozen=True)
@@ -113,13 +113,13 @@ def message_bytes(layout: Layout) -> float:
 def _data_bytes(layout: Layout) -> tuple[float, float]:
     """(gradients, weights) that the fullest rank sends once in a step; a plain optimizer all-reduces the gradients."""
     p, n = layout.config.parallel, layout.shards
-    stage = max((0, p.pipeline - 1), key=layout.parameters)
+    stage = max(layout.telling_stages, key=layout.parameters)
     parameters, ring = layout.trained(stage), (n - 1) / n
     if not p.distributed_optimizer:
         return 2 * FLOAT32 * parameters * ring, 0.0
     gathered = width(layout) * parameters
     if layout.config.precision.fp8_param_gather:
-        in_fp8 = fp8_share(layout) * layout.stage_layers * layer_parameters(layout.config) / p.tensor
+        in_fp8 = fp8_share(layout) * layout.config.stage_layers[stage] * layer_parameters(layout.config) / p.tensor
         gathered -= (width(layout) - 1) * in_fp8
     return FLOAT32 * parameters * ring, gathered * ring
 
@@ -127,8 +127,7 @@ def _data_bytes(layout: Layout) -> tuple[float, float]:
 def transfers(layout: Layout, hardware: Hardware, layer_seconds: float) -> list[Transfer]:
     """All communication of a step. `layer_seconds`: computing one layer and micro-batch, forward and backward."""
     p, m = layout.config.parallel, layout.micro_batches
-    # on the last stage those of multi-token prediction are among them
-    layers, result = m * (layout.stage_layers + depths(layout.config)), []
+    layers, result = m * max(layout.visited_layers(stage) for stage in layout.telling_stages), []
     if p.tensor > 1:
         what = "hidden states, sequence parallel" if p.sequence else "hidden states, all-reduce"
         exposed = layers * layer_tensor_seconds(layout, hardware)
@@ -142,7 +141,7 @@ def transfers(layout: Layout, hardware: Hardware, layer_seconds: float) -> list[
         if layout.config.model.tie_embeddings or layout.config.traits.has_depths:
             result.append(_embedding(layout, hardware))
     if layout.shards > 1:
-        result += _data(layout, hardware, layout.stage_layers * layer_seconds)
+        result += _data(layout, hardware, max(layout.config.stage_layers) * layer_seconds)
     return result
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from tidar_mega.config import Config, ConfigError, check_batch
-from tidar_mega.plan.parameters import adapter_parameters, stage_parameters
+from tidar_mega.plan.parameters import adapter_parameters, depths, stage_parameters
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,15 @@ class Layout:
         return self.data * self.config.parallel.context
 
     @cached_property
-    def stage_layers(self) -> int:
-        return self.config.model.num_layers // self.config.parallel.pipeline
+    def telling_stages(self) -> tuple[int, ...]:
+        """Those among which the fullest and the slowest are: the ends, and of the stages between them, which are alike,
+        the one with the most micro-batches in flight."""
+        last = self.config.parallel.pipeline - 1
+        return tuple(sorted({0, min(1, last), last}))
 
-    @cached_property
-    def chunk_layers(self) -> int:
-        """Layers of one visit of a micro-batch to a stage."""
-        return self.stage_layers // self.config.parallel.virtual_pipeline
+    def chunk_layers(self, stage: int) -> int:
+        """Layers of the backbone that a micro-batch passes in a visit to a stage."""
+        return self.config.stage_layers[stage] // self.config.parallel.virtual_pipeline
 
     @cached_property
     def rows(self) -> int:
@@ -86,13 +88,19 @@ class Layout:
     def trained(self, stage: int) -> int:
         """Those of them that have a gradient: with `lora.rank`, the adapters alone."""
         if self.config.lora.rank:
-            return self.stage_layers * adapter_parameters(self.config, self.config.parallel.tensor)
+            return self.config.stage_layers[stage] * adapter_parameters(self.config, self.config.parallel.tensor)
         return self.parameters(stage)
 
     def layers_of(self, stage: int) -> int:
         """Layers that a micro-batch passes in a visit to a stage, multi-token prediction's on the last among them."""
-        is_last = stage == self.config.parallel.pipeline - 1
-        return self.chunk_layers + (self.config.rows_per_place - 1 if self.config.traits.has_depths and is_last else 0)
+        return self.chunk_layers(stage) + self._depths(stage)
+
+    def visited_layers(self, stage: int) -> int:
+        """The same of all visits to the stage."""
+        return self.config.stage_layers[stage] + self._depths(stage)
+
+    def _depths(self, stage: int) -> int:
+        return depths(self.config) if stage == self.config.parallel.pipeline - 1 else 0
 
     def describe(self) -> str:
         p = self.config.parallel

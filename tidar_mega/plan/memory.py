@@ -81,11 +81,11 @@ def layer_activations(layout: Layout) -> dict[str, float]:
     return kept
 
 
-def kept_per_layer(layout: Layout) -> float:
+def kept_per_layer(layout: Layout, stage: int) -> float:
     """Bytes of one layer and micro-batch under parallel.recompute, averaged over the layers of a unit."""
     p = layout.config.parallel
     if p.recompute == "full":
-        return _layer_input(layout) / min(p.recompute_layers, layout.chunk_layers)
+        return _layer_input(layout) / min(p.recompute_layers, layout.chunk_layers(stage))
     return sum(layer_activations(layout).values())
 
 
@@ -122,11 +122,11 @@ def in_flight(layout: Layout, stage: int) -> int:
 def activation_bytes(layout: Layout, stage: int) -> float:
     """What the forwards in flight keep; with full recomputation also one unit of layers made again."""
     p, m = layout.config.parallel, layout.config.model
-    total = in_flight(layout, stage) * layout.layers_of(stage) * kept_per_layer(layout)
+    total = in_flight(layout, stage) * layout.layers_of(stage) * kept_per_layer(layout, stage)
     if stage == p.pipeline - 1 and p.recompute != "full":
         total += in_flight(layout, stage) * joining_activations(layout)
     if p.recompute == "full":
-        total += min(p.recompute_layers, layout.chunk_layers) * sum(layer_activations(layout).values())
+        total += min(p.recompute_layers, layout.chunk_layers(stage)) * sum(layer_activations(layout).values())
         total += in_flight(layout, stage) * FLOAT32 * layout.batch_rows * m.head_width  # RoPE angles
     return total
 
@@ -134,7 +134,8 @@ def activation_bytes(layout: Layout, stage: int) -> float:
 def weight_bytes(layout: Layout, stage: int) -> float:
     """Transformer Engine keeps two FP8 copies of a weight, as its products on Hopper take one layout only; with
     precision.fp8_param_gather they replace the bf16 one."""
-    fp8 = fp8_share(layout) * layout.stage_layers * layer_parameters(layout.config) / layout.config.parallel.tensor
+    layers = fp8_share(layout) * layout.config.stage_layers[stage]
+    fp8 = layers * layer_parameters(layout.config) / layout.config.parallel.tensor
     extra = 2 - (width(layout) if layout.config.precision.fp8_param_gather else 0)
     return width(layout) * layout.parameters(stage) + extra * fp8
 
@@ -177,7 +178,7 @@ def stage_memory(layout: Layout, stage: int) -> Memory:
 
 
 def fullest_stage(layout: Layout) -> tuple[int, Memory]:
-    """The stage with the most bytes. Only the first (most micro-batches in flight, embedding) and the last (head) can
-    be it."""
-    ends = {0, layout.config.parallel.pipeline - 1}
-    return max(((stage, stage_memory(layout, stage)) for stage in sorted(ends)), key=lambda pair: pair[1].total)
+    """The stage with the most bytes."""
+    return max(
+        ((stage, stage_memory(layout, stage)) for stage in layout.telling_stages), key=lambda pair: pair[1].total
+    )

@@ -79,7 +79,7 @@ def stage_parameters(config: Config, vocab: int, stage: int) -> int:
     m, p = config.model, config.parallel
     split = layer_parameters(config) + bias_parameters(config)
     layer = split // p.tensor + norm_parameters(config) + adapter_parameters(config, p.tensor)
-    total = m.num_layers // p.pipeline * layer
+    total = config.stage_layers[stage] * layer
     table = head_parameters(config, vocab) // p.tensor
     is_first, is_last = stage == 0, stage == p.pipeline - 1
     if is_first:

@@ -24,7 +24,7 @@ _TIME_ROWS = {
     "products": "matrix products",
     "attention": "attention",
     "memory_bound": "memory-bound: norms, RoPE, SwiGLU, loss",
-    "bubble": "pipeline: filling, waiting for the head",
+    "bubble": "pipeline: filling, waiting for the slowest",
     "communication": "communication that nothing hides",
     "optimizer": "optimizer",
 }
@@ -138,11 +138,12 @@ class Report:
         return table
 
     def _layouts(self, found: Found, shown: int) -> Table:
-        names = ("pipeline", "virtual", "context", "data", "micro-batch", "recompute")
+        names = ("pipeline", "last stage", "virtual", "context", "data", "micro-batch", "recompute")
         table = _table("tensor", *names, "GiB", "tokens/s", "MFU", "bubble")
         for c in found.best[:shown]:
             p, layout = c.layout.config.parallel, c.layout
-            sizes = (p.tensor, p.pipeline, p.virtual_pipeline, p.context, layout.data)
+            last = layout.config.stage_layers[-1]
+            sizes = (p.tensor, p.pipeline, f"{last} layers", p.virtual_pipeline, p.context, layout.data)
             row = (*map(str, sizes), str(layout.config.train.micro_batch_size), p.recompute)
             speed = (
                 f"{c.timing.tokens_per_second:,.0f}",

@@ -13,7 +13,9 @@ from tidar_mega.plan.hardware import Hardware
 from tidar_mega.plan.imbalance import whole_sequence
 from tidar_mega.plan.layout import Layout
 from tidar_mega.plan.memory import Memory, fullest_stage
+from tidar_mega.plan.parameters import depths, head_parameters, layer_parameters
 from tidar_mega.plan.timing import Timing, predict
+from tidar_mega.plan.work import sequence_work
 
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 RECOMPUTE = ("none", "selective", "full")  # the cheapest that fits is taken
@@ -49,9 +51,10 @@ class Found:
 
 
 def search(config: Config, vocab_size: int, gpus: int, hardware: Hardware) -> Found:
-    """Tries tensor (inside a node), pipeline, virtual pipeline, context, micro-batch and recompute for `config`."""
+    """Tries tensor (inside a node), pipeline, layers of its last stage, virtual pipeline, context, micro-batch and
+    recompute for `config`."""
     found, vocab = Found(), config.padded_vocab_size(vocab_size)
-    for shape in _shapes(config, gpus, int(hardware.gpus_per_node)):
+    for shape in _shapes(config, vocab, gpus, int(hardware.gpus_per_node)):
         data = gpus // shape.parallel.model_size
         for size in MICRO_BATCHES:
             candidate = replace(shape, train=replace(shape.train, micro_batch_size=size))
@@ -66,17 +69,19 @@ def search(config: Config, vocab_size: int, gpus: int, hardware: Hardware) -> Fo
     return found
 
 
-def _shapes(config: Config, gpus: int, node: int) -> Iterator[Config]:
-    """Combinations of tensor, pipeline, virtual pipeline and context; parallel.data is what is left."""
+def _shapes(config: Config, vocab: int, gpus: int, node: int) -> Iterator[Config]:
+    """Combinations of tensor, pipeline and its stages, virtual pipeline and context; parallel.data is what is left."""
     for tensor in (t for t in _powers(min(gpus, node)) if gpus % t == 0):
         for pipeline in _divisors(gpus // tensor):
-            for virtual in _virtual(config.model.num_layers, pipeline):
+            for last, virtual in _stages(config, vocab, pipeline):
                 for context in _divisors(gpus // tensor // pipeline):
                     parallel = replace(
                         config.parallel,
                         tensor=tensor,
                         sequence=tensor > 1,
                         pipeline=pipeline,
+                        first_stage_layers=None,
+                        last_stage_layers=last,
                         virtual_pipeline=virtual,
                         context=context,
                         data=None,
@@ -109,11 +114,22 @@ def _divisors(number: int) -> list[int]:
     return sorted({*small, *(number // d for d in small)})
 
 
-def _virtual(layers: int, pipeline: int) -> list[int]:
-    """Ways to cut a stage's layers into equal chunks."""
-    if pipeline == 1 or layers % pipeline:
-        return [1]
-    return _divisors(layers // pipeline)
+def _stages(config: Config, vocab: int, pipeline: int) -> Iterator[tuple[int | None, int]]:
+    """Ways to divide the layers: those of the last stage where it has others than the rest (None: as many), and the
+    equal chunks of each stage.
+
+    The last stage also has the head and the depths: it is tried with the number of layers by which the slowest stage
+    has the least to do.
+    """
+    layers, others = config.model.num_layers, pipeline - 1
+    even, uneven = layers // pipeline, layers % pipeline
+    yield from ((None, virtual) for virtual in ([1] if pipeline == 1 or uneven else _divisors(even)))
+    work = sequence_work(config)
+    head = head_parameters(config, vocab) / layer_parameters(config) * work.head_rows / work.rows + depths(config)
+    possible = [last for last in range(1, even + bool(uneven)) if pipeline > 1 and (layers - last) % others == 0]
+    if possible:
+        last = min(possible, key=lambda last: max((layers - last) // others, last + head))
+        yield from ((last, virtual) for virtual in _divisors(math.gcd(last, (layers - last) // others)))
 
 
 def overrides(layout: Layout) -> list[str]:
@@ -123,6 +139,7 @@ def overrides(layout: Layout) -> list[str]:
         "parallel.tensor": p.tensor,
         "parallel.sequence": str(p.sequence).lower(),
         "parallel.pipeline": p.pipeline,
+        "parallel.last_stage_layers": "null" if p.last_stage_layers is None else p.last_stage_layers,
         "parallel.virtual_pipeline": p.virtual_pipeline,
         "parallel.context": p.context,
         "parallel.data": layout.data,

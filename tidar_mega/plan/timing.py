@@ -13,7 +13,7 @@ from tidar_mega.plan.communication import Transfer, context_link, layer_context_
 from tidar_mega.plan.hardware import Hardware
 from tidar_mega.plan.layout import Layout
 from tidar_mega.plan.memory import FLOAT32, fp8_share, width
-from tidar_mega.plan.parameters import head_parameters, layer_parameters
+from tidar_mega.plan.parameters import depths, head_parameters, layer_parameters
 from tidar_mega.plan.work import attention_flops, hardware_flops, model_flops, products, recomputed, sequence_work
 
 # Elements read and written per row in a layer's forward, where D is the hidden width, Q and K those of q and of k
@@ -141,22 +141,25 @@ def bubble_fraction(layout: Layout) -> float:
 
 
 def predict(layout: Layout, hardware: Hardware, imbalance: float = 1.0) -> Timing:
-    """One step. The last stage also has the head: all others wait for it in every micro-batch."""
+    """One step. The last stage also has the head: the others wait for the slowest in every micro-batch."""
     p, m = layout.config.parallel, layout.micro_batches
-    layer = layer_seconds(layout, hardware, imbalance)
-    stage, head = layer.times(layout.stage_layers), head_seconds(layout, hardware)
-    head = head.plus(layer.times(layout.layers_of(p.pipeline - 1) - layout.chunk_layers))
+    layer, head = layer_seconds(layout, hardware, imbalance), head_seconds(layout, hardware)
+    whole = layer.times(layout.config.model.num_layers + depths(layout.config)).plus(head)
+    mean = whole.times(1 / p.pipeline)  # what a stage computes on average
+    seconds = {stage: layer.total * layout.visited_layers(stage) for stage in layout.telling_stages}
+    seconds[p.pipeline - 1] += head.total
+    slowest = max(seconds, key=seconds.__getitem__)
     sent = transfers(layout, hardware, layer.total)
-    mean = stage.plus(head.times(1 / p.pipeline))  # what a stage computes on average
-    waiting = m * head.total * (1 - 1 / p.pipeline)
-    filling = (p.pipeline - 1) * (stage.total + _layer_waits(layout, hardware) * layout.stage_layers)
+    # while the pipeline fills and drains, one micro-batch goes through all other stages
+    waits = _layer_waits(layout, hardware) * (layout.config.model.num_layers - layout.config.stage_layers[slowest])
+    filling = (whole.total - seconds[slowest] + waits) / p.virtual_pipeline
     return Timing(
         layout,
         hardware,
         products=m * mean.products,
         attention=m * mean.attention,
         memory_bound=m * mean.memory_bound,
-        bubble=waiting + filling / p.virtual_pipeline,
+        bubble=m * (seconds[slowest] - mean.total) + filling,
         communication=sum(t.exposed for t in sent),
         optimizer=_optimizer_seconds(layout, hardware),
         transfers=tuple(sent),
