@@ -142,12 +142,12 @@ def _pretrain(args) -> int:
         return _pretrain_worker(config)
     import torch
 
-    from tidar_mega.data.stream import open_stream
+    from tidar_mega.data.mixture import open_data
 
     gpus = torch.cuda.device_count()
     processes = launch.local_processes(config, gpus)
     for split in ("train", "validation"):  # bad data is one error here, before any process starts
-        open_stream(config.data.path, split, config.data.seq_length, config.train.seed)
+        open_data(config.data, split, config.train.seed)
     return launch.run_local(["pretrain", str(args.config), *args.overrides], processes, gpus)
 
 

@@ -21,7 +21,7 @@ from rich.table import Table
 from tidar_mega.arguments import positive
 from tidar_mega.bench.figure import save
 from tidar_mega.config import UserError
-from tidar_mega.data.stream import open_stream
+from tidar_mega.data.mixture import open_data
 from tidar_mega.decode.engine import Engine
 from tidar_mega.decode.load import Loaded, load_engine, write_transformers
 from tidar_mega.decode.requests import Generation, Request
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> dict:
     """Figures of `compare` on held-out text of the checkpoint's data, with the model's loss on it. Raises UserError."""
     loaded = load_engine(args.checkpoint, [*args.overrides, f"decode.batch={max(args.batches)}", "decode.outcomes=all"])
     data = loaded.config.data
-    stream = open_stream(data.path, "validation", data.seq_length, loaded.config.train.seed)
+    stream = open_data(data, "validation", loaded.config.train.seed)
     prompts = held_out_prompts(stream, args.prompts, args.prompt_tokens)
     args.blocks = args.blocks or _blocks(loaded.engine)
     if "auto" in args.outcomes:  # measured once, as far as is needed

@@ -19,7 +19,8 @@ from rich.table import Table
 from tidar_mega.arguments import positive
 from tidar_mega.bench.figure import save
 from tidar_mega.config import ConfigError, UserError
-from tidar_mega.data.stream import Stream, open_stream
+from tidar_mega.data.mixture import Mixture, open_data
+from tidar_mega.data.stream import Stream
 from tidar_mega.data.tokenizer import Tokenizer
 from tidar_mega.decode import load
 from tidar_mega.decode.diffusion import PAPER_WINDOWS, Backbone, Loaded, Window, load_denoiser, sample
@@ -104,7 +105,7 @@ class Judge:
             )
         config = load.decoding_config(config)
         self.model = InferenceModel(load.load_model(checkpoint, config, build_mesh(config)))
-        self.length, self._data = of.config.data.seq_length, of.config.data.path
+        self.length, self._data = of.config.data.seq_length, of.config.data
         self.known = quality.vocabulary(self._stream("train", quality.WINDOW))
 
     def __call__(self, token_BS: torch.Tensor) -> dict[str, float]:
@@ -116,8 +117,8 @@ class Judge:
         at = [i * (stream.samples_per_epoch - 1) // count for i in range(count)]
         return torch.cat([stream.rows(i).token for i in at])
 
-    def _stream(self, split: str, length: int) -> Stream:
-        return open_stream(self._data, split, length, seed=0)
+    def _stream(self, split: str, length: int) -> Stream | Mixture:
+        return open_data(self._data, split, seed=0, seq_length=length)
 
 
 def _row(name: str, denoiser: Backbone, window: Window, judge: Judge, args: argparse.Namespace) -> dict:

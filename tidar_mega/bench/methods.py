@@ -139,7 +139,7 @@ def _trained(config: Config) -> dict:
     """The last validation, and what a token of text has cost."""
     lines = map(json.loads, (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines())
     last = [line for line in lines if line["kind"] == "validation"][-1]
-    vocab = config.padded_vocab_size(Tokenizer.load(Path(config.data.path) / "tokenizer").vocab_size)
+    vocab = config.padded_vocab_size(Tokenizer.load(Path(config.data.folders[0]) / "tokenizer").vocab_size)
     work = sequence_work(config)
     flops = training_flops(config, vocab, work.rows, work.pairs, work.head_rows)
     return {

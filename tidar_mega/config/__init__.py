@@ -6,12 +6,21 @@ names the key, the value found, what is allowed and what to do. Imports nothing 
 
 from tidar_mega.config.checks import check, check_batch
 from tidar_mega.config.errors import ConfigError, LostError, UserError, require
-from tidar_mega.config.settings import METHODS, Config, LoraConfig, ModelConfig, ParallelConfig, PrecisionConfig
+from tidar_mega.config.settings import (
+    METHODS,
+    Config,
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    ParallelConfig,
+    PrecisionConfig,
+)
 from tidar_mega.config.tree import from_tree, load, override, to_tree, to_yaml
 
 __all__ = [
     "Config",
     "ConfigError",
+    "DataConfig",
     "LoraConfig",
     "LostError",
     "METHODS",

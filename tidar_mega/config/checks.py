@@ -104,6 +104,7 @@ def check(config: Config) -> None:
     require(0 < t.draft_fraction <= 1, "train.draft_fraction", t.draft_fraction, "above 0 and at most 1")
     for key, beta in {"optimizer.beta1": o.beta1, "optimizer.beta2": o.beta2}.items():
         require(0 <= beta < 1, key, beta, "0 or more and below 1")
+    _check_data(config)
     _check_shapes(config)
     _check_parallel(config)
     _check_precision(config)
@@ -120,6 +121,18 @@ def _methods() -> tuple[str, ...]:
 @functools.cache  # a search for a layout checks thousands of configs
 def _modules_in(folders: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(sorted(module.name for module in pkgutil.iter_modules(folders)))
+
+
+def _check_data(config: Config) -> None:
+    path, weights = config.data.path, config.data.weights
+    several = isinstance(path, list)
+    folders = path if several else [path]
+    ok = bool(folders) and all(isinstance(f, str) and f for f in folders) and len(set(folders)) == len(folders)
+    require(ok, "data.path", path, "a folder, or a list of different ones such as [data/web,data/code]")
+    require(weights is None or several, "data.weights", weights, "null where data.path is one folder")
+    if weights is not None:
+        ok = len(weights) == len(folders) and all(0 < weight < math.inf for weight in weights)
+        require(ok, "data.weights", weights, f"{len(folders)} numbers above 0, one for each folder of data.path")
 
 
 def _check_shapes(config: Config) -> None:

@@ -35,8 +35,13 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    path: str = "data/quickstart"  # a folder made by `tidar prepare`
+    path: Any = "data/quickstart"  # a folder made by `tidar prepare`, or a list of them that have one tokenizer
+    weights: list[float] | None = None  # of a list: shares of the samples, in any unit; by the folders' sizes when null
     seq_length: int = 256  # clean tokens of one sequence (S); a TiDAR forward has 2 S rows
+
+    @property
+    def folders(self) -> list[str]:
+        return [self.path] if isinstance(self.path, str) else self.path
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,13 @@ class Stream:
             )
         return pack(token, document)
 
+    def parts(self, count: int) -> list[tuple[str, Stream, int]]:
+        """As of a Mixture: all of it."""
+        return [("", self, count)]
+
+    def epochs(self, samples: int) -> dict[str, float]:
+        return {"epoch": samples / self.samples_per_epoch}
+
     def _first_token(self, global_index: int) -> int:
         epoch, place = divmod(global_index, self.samples_per_epoch)
         if not self.is_train:
@@ -210,12 +217,12 @@ def _feistel(value: int, half: int, keys: tuple[int, ...]) -> int:
     mask = (1 << half) - 1
     left, right = value >> half, value & mask
     for round_key in keys:
-        left, right = right, left ^ (_mix(right ^ round_key) & mask)
+        left, right = right, left ^ (mix(right ^ round_key) & mask)
     return left << half | right
 
 
-def _mix(x: int) -> int:
-    """The finaliser of splitmix64."""
+def mix(x: int) -> int:
+    """The finaliser of splitmix64, of an int or an array of uint64."""
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & _WORD
     x = (x ^ x >> 27) * 0x94D049BB133111EB & _WORD
     return x ^ x >> 31

@@ -13,7 +13,7 @@ import numpy as np
 
 from tidar_mega.checkpoint import store
 from tidar_mega.config import UserError
-from tidar_mega.data.stream import open_stream
+from tidar_mega.data.mixture import open_data
 from tidar_mega.decode import trace
 from tidar_mega.decode.load import Loaded, load_engine
 from tidar_mega.decode.requests import Commit, Generation
@@ -32,8 +32,7 @@ def run(args: argparse.Namespace, draw: Draw) -> dict:
         harness = _harness()
     loaded = load_engine(args.checkpoint, ["decode.outcomes=all", *args.overrides])
     of_tasks = harness.run(args, loaded) if args.tasks else {}
-    data = loaded.config.data
-    stream = open_stream(data.path, "validation", data.seq_length, loaded.config.train.seed)
+    stream = open_data(loaded.config.data, "validation", loaded.config.train.seed)
     prompts = held_out_prompts(stream, args.prompts, args.prompt_tokens)
     step = store.read_meta(loaded.checkpoint)["step"]
     fused, ar, commits = _decode(loaded, prompts, args.max_tokens)

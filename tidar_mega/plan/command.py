@@ -74,13 +74,14 @@ def choose_vocab_size(given: int | None, config: Config) -> tuple[int, str]:
         if given < 1:
             raise UserError(f"--vocab-size {given}: must be above 0")
         return given, "--vocab-size"
-    path = Path(config.data.path) / "tokenizer" / "tidar_tokenizer.json"
+    folder = config.data.folders[0]
+    path = Path(folder) / "tokenizer" / "tidar_tokenizer.json"
     if path.is_file():
         try:
-            return json.loads(path.read_text())["vocab_size"], f"the tokenizer of data.path = {config.data.path}"
+            return json.loads(path.read_text())["vocab_size"], f"the tokenizer of data.path = {folder}"
         except (OSError, ValueError, KeyError):
             raise UserError(f"{path}: damaged; run `tidar prepare` again, or give --vocab-size") from None
-    return DEFAULT_VOCAB, f"Qwen's, as {config.data.path} is not prepared; set --vocab-size for another"
+    return DEFAULT_VOCAB, f"Qwen's, as {folder} is not prepared; set --vocab-size for another"
 
 
 def choose_gpus(given: int | None, config: Config, hardware: Hardware) -> int:

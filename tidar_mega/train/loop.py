@@ -15,7 +15,8 @@ from tidar_mega.checkpoint.base import Base
 from tidar_mega.checkpoint.state import Progress, TrainState
 from tidar_mega.checkpoint.store import CheckpointStore
 from tidar_mega.config import Config, UserError, to_tree
-from tidar_mega.data.stream import Stream, open_stream
+from tidar_mega.data.mixture import Mixture, open_data
+from tidar_mega.data.stream import Stream
 from tidar_mega.model import gpt
 from tidar_mega.parallel.mesh import Mesh
 from tidar_mega.train import optim
@@ -74,8 +75,8 @@ class Run:
 
     task: Task
     state: TrainState
-    stream: Stream
-    held_out: Stream
+    stream: Stream | Mixture
+    held_out: Stream | Mixture
     checkpoints: CheckpointStore
     log: MetricsLog
     resumed_at: int
@@ -95,10 +96,7 @@ class Run:
         """Opens the data, builds the model and, if the run folder has a checkpoint, goes on from it; else begins from
         `train.init_from` or from random weights."""
         lock = mesh.on_main(lambda: lock_folder(Path(config.run_dir), lock_seconds))
-        stream, held_out = (
-            open_stream(config.data.path, split, config.data.seq_length, config.train.seed)
-            for split in ("train", "validation")
-        )
+        stream, held_out = (open_data(config.data, split, config.train.seed) for split in ("train", "validation"))
         tokenizer = stream.tokenizer
         method = methods.load(config, tokenizer.mask)
         work = OwnWork(config.health.straggler_factor)
@@ -237,7 +235,7 @@ class Run:
             "model_flop_utilisation": flops / speed.seconds / peak,
             "memory_gib": device.peak_memory_bytes() / 2**30,
             "samples": progress.samples,
-            "epoch": progress.samples / self.stream.samples_per_epoch,
+            **self.stream.epochs(progress.samples),
             "skipped_steps": progress.skipped_steps,
             "spikes": progress.spikes,
         }

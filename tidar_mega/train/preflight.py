@@ -168,7 +168,7 @@ def _facts(config: Config, shared: bool, right: bool, clock: float) -> Facts:
         gpus=f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if device.has_cuda() else "no GPU",
         versions=_versions(),
         config=hashlib.sha256(settings.encode()).hexdigest(),
-        data=_size(Path(config.data.path) / INDEX),
+        data=", ".join(_size(Path(folder) / INDEX) for folder in config.data.folders),
         clock=clock,
         free_gib=free,
         cannot_write=refused,
