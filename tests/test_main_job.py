@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import os
 import re
@@ -105,6 +106,21 @@ def interrupt(folder: Path, run: str, after: int, how, *overrides: str) -> int:
             time.sleep(0.02)
         how(process) if callable(how) else process.send_signal(how)
         return process.wait(timeout=300)
+
+
+def test_a_trace_of_some_steps_is_recorded(work):
+    overrides = ("log.profile_step=4", "log.profile_steps=2", "log.profile_ranks=[0,1]")
+    said = tidar(work, "pretrain", "run.yaml", "run_dir=traced", *overrides)
+    assert "trace of the last 2 step(s): traced/profile/step_4_rank_0.json.gz" in said
+    for rank in (0, 1):
+        with gzip.open(work / "traced" / "profile" / f"step_4_rank_{rank}.json.gz") as file:
+            names = [event["name"] for event in json.load(file)["traceEvents"] if "name" in event]
+        assert sum(name.startswith("ProfilerStep#") for name in set(names)) == 2
+        assert "aten::mm" in names and any("all_reduce" in name or "reduce_scatter" in name for name in names)
+    for step, figures in losses(work, "traced").items():
+        assert figures == losses(work, "whole")[step], "a recorded step is the same step"
+    said = tidar(work, "pretrain", "run.yaml", "run_dir=x", "log.profile_step=1", code=2)
+    assert "log.profile_step = 1: must be a step from 2" in said
 
 
 def test_training_learns_and_says_so(work):

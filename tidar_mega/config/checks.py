@@ -43,6 +43,7 @@ _ABOVE_ZERO = (
     "checkpoint.interval",
     "checkpoint.keep_last",
     "log.interval",
+    "log.profile_steps",
     "decode.max_tokens",
     "decode.capacity",
     "decode.tensor",
@@ -104,6 +105,7 @@ def check(config: Config) -> None:
     require(0 < t.draft_fraction <= 1, "train.draft_fraction", t.draft_fraction, "above 0 and at most 1")
     for key, beta in {"optimizer.beta1": o.beta1, "optimizer.beta2": o.beta2}.items():
         require(0 <= beta < 1, key, beta, "0 or more and below 1")
+    _check_log(config)
     _check_data(config)
     _check_shapes(config)
     _check_parallel(config)
@@ -121,6 +123,15 @@ def _methods() -> tuple[str, ...]:
 @functools.cache  # a search for a layout checks thousands of configs
 def _modules_in(folders: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(sorted(module.name for module in pkgutil.iter_modules(folders)))
+
+
+def _check_log(config: Config) -> None:
+    log, steps = config.log, config.train.steps
+    allowed = f"a step from 2, as the one before warms the profiler up, to train.steps ({steps}); or null"
+    ok = log.profile_step is None or 2 <= log.profile_step <= steps
+    require(ok, "log.profile_step", log.profile_step, allowed)
+    ok = all(rank >= 0 for rank in log.profile_ranks)
+    require(ok, "log.profile_ranks", log.profile_ranks, "ranks, from 0 on")
 
 
 def _check_data(config: Config) -> None:

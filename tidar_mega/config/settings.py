@@ -144,6 +144,9 @@ class CheckpointConfig:
 class LogConfig:
     interval: int = 10  # steps between log lines, TensorBoard points and lines of metrics.jsonl
     tensorboard: bool = True
+    profile_step: int | None = None  # from this step on, torch's profiler records a trace in RUN_DIR/profile, of
+    profile_steps: int = 3  # so many steps,
+    profile_ranks: list[int] = field(default_factory=lambda: [0])  # on these ranks
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from tidar_mega.parallel.mesh import Mesh
 from tidar_mega.train import optim
 from tidar_mega.train.health import StopRequest, anywhere, spike
 from tidar_mega.train.metrics import MetricsLog
+from tidar_mega.train.profiler import Profiler
 from tidar_mega.train.resume import lock_folder, resume
 from tidar_mega.train.roll_call import RollCall
 from tidar_mega.train.step import Sums, Task, accumulate_gradients, micro_batches, summarise, validate
@@ -82,6 +83,7 @@ class Run:
     resumed_at: int
     lock: TextIO | None
     work: OwnWork
+    profiler: Profiler
     base: Base | None = None  # the frozen weights under adapters
     roll_call: RollCall | None = None
     speed: Speed = field(default_factory=lambda: Speed())
@@ -125,7 +127,8 @@ class Run:
         drawn = next(micro_batches(task, stream, 0, 1)) if mesh.is_main else None
         log.start(_describe(config, mesh, chunks, newest, state.progress, base), drawn)
         frozen = base if config.lora.rank else None
-        return cls(task, state, stream, held_out, checkpoints, log, state.progress.step, lock, work, frozen, roll_call)
+        profiler, step = Profiler(config, mesh.rank), state.progress.step
+        return cls(task, state, stream, held_out, checkpoints, log, step, lock, work, profiler, frozen, roll_call)
 
     def is_due(self, interval: int) -> bool:
         step = self.state.progress.step
@@ -168,6 +171,7 @@ class Run:
     def step(self) -> None:
         """One optimizer step on the next global batch."""
         config, progress = self.task.config, self.state.progress
+        self.profiler.before(progress.step + 1)
         self.at("reading samples")
         started = time.perf_counter()
         batch = list(micro_batches(self.task, self.stream, progress.samples, config.train.global_batch_size))
@@ -192,6 +196,7 @@ class Run:
             if "accepted_lengths" in self.state.window:
                 self.log.accepted(progress.step, self.state.window["accepted_lengths"].tolist())
             self.state.window, self.speed = {}, Speed()
+        self.profiler.after(progress.step)
 
     def _judge(self, sums: Sums) -> bool:
         """The spike policy: a loss that jumps is told and counted. Whether the update is to be made."""
