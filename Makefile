@@ -1,5 +1,6 @@
 # make quickstart and make test each do all of their own set-up in .venv.
 PYTHON ?= python3
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -9,8 +10,8 @@ READY := $(VENV)/.ready
 quickstart: $(READY)
 	$(BIN)/python tools/quickstart.py
 
-test: $(READY) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --durations=10
+test: $(READY) lint  # by WORKERS processes, a file at a time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(WORKERS) --dist loadfile --durations=10
 
 test-layouts: $(READY)  # the table of every parallel layout against one process; part of `make test`
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_layouts.py

@@ -186,29 +186,24 @@ def alone(corpus) -> list[list[Result]]:
     return run_layout(corpus, ALONE)
 
 
-@pytest.fixture(scope="module")
-def table(request):
-    rows: list[str] = []
-    yield rows
-    reporter = request.config.pluginmanager.getplugin("terminalreporter")
-    reporter.ensure_newline()
-    reporter.write_line(f"(TP, PP, VPP, CP, DP) against one process, fp32, {STEPS} steps on real text, draft 1 / 0.5")
-    for row in rows:
-        reporter.write_line(row)
+@pytest.fixture
+def tell(record_property):
+    """A line of the table, which conftest.py prints at the end."""
+    return lambda line: record_property("layouts", line)
 
 
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != ALONE], ids=str)
-def test_a_layout_equals_one_process(layout, corpus, alone, table):
+def test_a_layout_equals_one_process(layout, corpus, alone, tell):
     results = run_layout(corpus, layout)
     worst = [compare(got, expected) for got, expected in zip(results, alone, strict=True)]
     line = " | ".join(f"figures {a:.1e} gradients {b:.1e}" for a, b in worst)
-    table.append(f"{layout}{' + SP' if LAYOUTS[layout].get('sequence') else '':5} {line}")
+    tell(f"{layout}{' + SP' if LAYOUTS[layout].get('sequence') else '':5} {line}")
     for figures, gradients in worst:
         assert figures < LOSS
         assert gradients < GRADIENT
 
 
-def test_overlapped_communication_changes_nothing(corpus, alone, table):
+def test_overlapped_communication_changes_nothing(corpus, alone, tell):
     """Gradients reduced and weights gathered while others compute, in the layouts where the schedules differ.
 
     Small buckets: the head's is then its own, and the loss reads its weight without calling its layer.
@@ -216,7 +211,7 @@ def test_overlapped_communication_changes_nothing(corpus, alone, table):
     for layout in ((1, 1, 1, 1, 2), (1, 2, 2, 1, 1)):
         results = run_layout(corpus, layout, overlap_grad_reduce=True, overlap_param_gather=True, bucket_size=10_000)
         worst = [compare(got, expected) for got, expected in zip(results, alone, strict=True)]
-        table.append(f"{layout} overlapped: " + " | ".join(f"figures {a:.1e} gradients {b:.1e}" for a, b in worst))
+        tell(f"{layout} overlapped: " + " | ".join(f"figures {a:.1e} gradients {b:.1e}" for a, b in worst))
         assert all(figures < LOSS and gradients < GRADIENT for figures, gradients in worst)
 
 
@@ -230,7 +225,7 @@ def test_overlapped_communication_changes_nothing(corpus, alone, table):
     ],
     ids=str,
 )
-def test_stages_of_unlike_lengths_change_nothing(layout, layers, ends, corpus, table):
+def test_stages_of_unlike_lengths_change_nothing(layout, layers, ends, corpus, tell):
     def configs(layout, **more):
         made = [settings(corpus, layout, fraction, **more) for fraction in (1.0, 0.5)]
         return [config_module.override(config, [f"model.num_layers={layers}"]) for config in made]
@@ -240,7 +235,7 @@ def test_stages_of_unlike_lengths_change_nothing(layout, layers, ends, corpus, t
     results = zip(*processes.run(train, size, configs(layout, sequence=layout[0] > 1, **ends), 4), strict=True)
     worst = [compare(got, expected) for got, expected in zip(results, alone, strict=True)]
     line = " | ".join(f"figures {a:.1e} gradients {b:.1e}" for a, b in worst)
-    table.append(f"{layout}, {layers} layers, {ends}: {line}")
+    tell(f"{layout}, {layers} layers, {ends}: {line}")
     assert all(figures < LOSS and gradients < GRADIENT for figures, gradients in worst)
 
 
@@ -284,12 +279,12 @@ def load_and_go_on(rank: int, config: config_module.Config, path: Path):
     return [trainer.step() for _ in range(5)]
 
 
-def test_a_checkpoint_goes_on_under_any_layout(corpus, tmp_path, table):
+def test_a_checkpoint_goes_on_under_any_layout(corpus, tmp_path, tell):
     ((path, expected), *_) = processes.run(save_and_go_on, 4, settings(corpus, (2, 1, 1, 1, 2)), tmp_path)
     two, uneven = (1, 2, 1, 1, 1), {"last_stage_layers": 1}
     for layout, ends in ((two, {}), (two, uneven), ((1, 2, 2, 1, 1), {}), ((1, 1, 1, 2, 1), {}), (ALONE, {})):
         size = layout[1] * layout[3]
         got = torch.tensor(processes.run(load_and_go_on, size, settings(corpus, layout, **ends), path)[0])
         error = float(((got - torch.tensor(expected)).abs() / torch.tensor(expected).abs().clamp(min=0.1)).max())
-        table.append(f"saved at (2, 1, 1, 1, 2), gone on at {layout}{ends or ''}: figures {error:.1e}")
+        tell(f"saved at (2, 1, 1, 1, 2), gone on at {layout}{ends or ''}: figures {error:.1e}")
         assert error < LOSS
