@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -230,6 +231,35 @@ def step_of_layers(config: Config) -> dict:
     named = chunks[0].module.named_parameters()
     gradients = {_local(name): p.main_grad.float().cpu() for name, p in named}
     return {"loss": summarise(task, sums)["loss"], "gradients": gradients}
+
+
+def waits_for_the_device() -> dict[int, int]:
+    """How often the host waits for the GPU in the forwards and backwards of a step, by its number of micro-batches."""
+    from tidar_mega import device, methods
+    from tidar_mega.model import gpt
+    from tidar_mega.parallel.mesh import build_mesh
+    from tidar_mega.train import optim
+    from tidar_mega.train.step import Task, accumulate_gradients, micro_batches
+
+    config = settings(train={"micro_batch_size": 1, "global_batch_size": 4}, precision={"dtype": "bf16"})
+    mesh = build_mesh(config)
+    chunks = optim.wrap(config, gpt.build(config, VOCAB))
+    token_bytes = torch.ones(VOCAB, device=device.device())
+    task, found = Task(config, mesh, methods.load(config, MASK), chunks, token_bytes), {}
+    for count in (1, 4, 1, 4):  # the first compile
+        batch = list(micro_batches(task, Text, 0, count))
+        torch.cuda.set_sync_debug_mode("warn")
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            accumulate_gradients(task, batch)
+        torch.cuda.set_sync_debug_mode("default")
+        found[count] = sum("synchronizing" in str(warning.message) for warning in said)
+    return found
+
+
+def test_no_micro_batch_waits_for_the_device():
+    found = alone(waits_for_the_device)
+    assert found[4] == found[1] > 0, "those of a whole step, whose figures are read once"
 
 
 def _local(name: str) -> str:

@@ -105,14 +105,16 @@ def cross_entropy(
     group: dist.ProcessGroup | None,
     chunk: int,
     drafts: DraftTerms | None = None,
+    index: tuple[Tensor, Tensor] | None = None,
 ) -> RowLosses:
-    """Weighted cross entropy of every row with `weight` > 0; with `drafts`, the losses of whole drafts on top.
+    """Weighted cross entropy of every row with `weight` > 0; with `drafts`, the losses of whole drafts on top. `index`
+    is where these rows are, if the caller knows it: to find them on a GPU, the host would have to wait for it.
 
     `head_weight_VD` holds this rank's ids rank*V .. rank*V+V-1 of `group` (None: all of them); `chunk` bounds the
     number of rows whose logits exist at once. Losses are in nats and equal on every rank of the group, gradients with
     respect to the hidden states are this rank's part, to be summed over the group.
     """
-    index = rows.weight.nonzero(as_tuple=True)
+    index = rows.weight.nonzero(as_tuple=True) if index is None else index
     terms = _TermsOfRows(drafts, rows, index) if drafts is not None and drafts.any else None
     edges = _edges(len(index[0]), chunk, terms)
     selected_ND = hidden_TBD[index[1], index[0]]

@@ -58,7 +58,7 @@ class Rows:
         return replace(self, **tensors)
 
     def to(self, device: torch.device | str) -> Rows:
-        return self.map(lambda x: x.to(device, non_blocking=True))
+        return self.map(lambda x: move(x, device))
 
     def slice(self, start: int, stop: int) -> Rows:
         """Rows start..stop-1 of every sequence."""
@@ -71,6 +71,14 @@ class Rows:
     def select(self, sequences) -> Rows:
         """The given sequences (a slice or index tensor over B)."""
         return self.map(lambda x_BT: x_BT[sequences])
+
+
+def move(x: Tensor, device: torch.device | str) -> Tensor:
+    """`x` on the device, without waiting for what that has still to do: from memory that cannot be paged out, as the
+    copy from any other begins with such a wait."""
+    if torch.device(device).type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 def concatenate(parts: list[Rows], dim: int) -> Rows:

@@ -74,11 +74,12 @@ class MultiTokenPrediction:
         prediction, counts_BDS = prediction_BT.view(shape), counts_BT.view(shape)[:, 1:]
         choice_BDS = torch.stack([prediction[:, 0].roll(-k, dims=1) for k in range(1, 1 + self.depths)], dim=1)
         accepted_BS = (counts_BDS & (prediction[:, 1:] == choice_BDS)).long().cumprod(dim=1).sum(dim=1)
-        whole_BS = counts_BDS.all(dim=1)
+        whole_BS1 = counts_BDS.all(dim=1)[..., None]
+        lengths = torch.arange(1 + self.depths, device=rows.token.device)
         return {
             "slot_count": counts_BDS.sum(dim=(0, 2)).double(),
             "slot_correct": right_BDS.sum(dim=(0, 2)).double(),
-            "accepted_lengths": torch.bincount(accepted_BS[whole_BS], minlength=1 + self.depths).double(),
+            "accepted_lengths": (whole_BS1 & (accepted_BS[..., None] == lengths)).sum(dim=(0, 1)).double(),
         }
 
     def summary(self, sums: dict[str, Tensor]) -> dict[str, float]:

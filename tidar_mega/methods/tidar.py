@@ -65,29 +65,28 @@ class Tidar:
         """Per slot: drafted places and right ones; and the run of drafts that AR's own choices would accept."""
         prediction_BT = torch.full_like(rows.token, -1)
         prediction_BT[losses.index] = losses.prediction
-        drafted_BM = ~rows.is_clean & (rows.weight > 0)
-        at_B, at_M = drafted_BM.nonzero(as_tuple=True)
-        slot = (rows.order - rows.horizon)[at_B, at_M]
-        draft = prediction_BT[at_B, at_M]
-        right = draft == rows.label[at_B, at_M]
+        drafted_BT, slot_BT = ~rows.is_clean & (rows.weight > 0), rows.order - rows.horizon
         ahead, first = self.drafter.ahead, self.drafts.first
-        agrees = draft == _ar_choice(rows, prediction_BT, ahead)[at_B, at_M]
+        agrees_BT = (prediction_BT == _ar_choice(rows, prediction_BT, ahead)) | (slot_BT < first)
 
+        # every size is known without a look at the rows, which may be on a GPU that has not made them yet: there are
+        # at most T groups, and one behind them for rows that draft nothing.
         # where masks predict their own place, AR's own choice replaces slot 0, which is then always accepted; where
         # they predict the next one, it stands before them; a partial block has no end
-        shape_BGK = (rows.shape[0], int(rows.group.max()) + 1, self.block)
-        exists_BGK, agrees_BGK = torch.zeros(2, *shape_BGK, dtype=torch.bool, device=rows.token.device)
-        where = (at_B, rows.group[at_B, at_M], slot)
-        exists_BGK[where] = True
-        agrees_BGK[where] = agrees | (slot < first)
-        whole_BG = exists_BGK.all(dim=-1)
-        accepted_BG = ahead + agrees_BGK.long().cumprod(dim=-1).sum(dim=-1)
-        count = torch.bincount(slot, minlength=self.block)
-        correct = torch.bincount(slot[right], minlength=self.block)  # with weights it is not deterministic on CUDA
+        B, T = rows.shape
+        group_BT = rows.group.where(drafted_BT, torch.full_like(rows.group, T + 1))
+        where = (torch.arange(B, device=group_BT.device)[:, None], group_BT, slot_BT.clamp(min=0))
+        exists_BGK, agrees_BGK = torch.zeros(2, B, T + 2, self.block, dtype=torch.bool, device=group_BT.device)
+        exists_BGK[where], agrees_BGK[where] = drafted_BT, agrees_BT
+        whole_BG1 = exists_BGK[:, :-1].all(dim=-1, keepdim=True)
+        length_BG1 = agrees_BGK[:, :-1].long().cumprod(dim=-1).sum(dim=-1, keepdim=True)  # 0..K, and AR's own token
+        lengths = torch.arange(1 - ahead, self.block + 1, device=slot_BT.device)
+        at_BTK = drafted_BT[..., None] & (slot_BT[..., None] == torch.arange(self.block, device=slot_BT.device))
+        right_BT1 = (prediction_BT == rows.label)[..., None]
         return {
-            "slot_count": count.double(),
-            "slot_correct": correct.double(),
-            "accepted_lengths": torch.bincount(accepted_BG[whole_BG] - 1, minlength=self.block + ahead).double(),
+            "slot_count": at_BTK.sum(dim=(0, 1)).double(),
+            "slot_correct": (at_BTK & right_BT1).sum(dim=(0, 1)).double(),
+            "accepted_lengths": (whole_BG1 & (length_BG1 == lengths)).sum(dim=(0, 1)).double(),
         }
 
     def summary(self, sums: dict[str, Tensor]) -> dict[str, float]:
@@ -170,13 +169,13 @@ def _pad(masks: Rows, slots: int) -> Rows:
 
 
 def _ar_choice(rows: Rows, prediction_BT: Tensor, ahead: int) -> Tensor:
-    """For every row, what the clean half puts `ahead` places behind it (by the clean row before), [B, T]; else -2."""
-    clean_S = int(rows.is_clean.sum(dim=1)[0])
-    document_BS = rows.document[:, :clean_S]
-    document_BS = document_BS.where(document_BS != PADDING, torch.iinfo(torch.int64).max)  # sorted, padding last
-    first_BT = torch.searchsorted(document_BS.contiguous(), rows.document.contiguous())
+    """For every drafting row, what the clean half puts `ahead` places behind it (by the clean row before), [B, T]."""
+    last = torch.iinfo(torch.int64).max
+    is_text_BT = rows.is_clean & (rows.document != PADDING)
+    document_BT = rows.document.where(is_text_BT, torch.full_like(rows.document, last))  # sorted: clean rows come first
+    first_BT = torch.searchsorted(document_BT, rows.document.contiguous())
     before_BT = first_BT + rows.order + ahead - 1
-    choice_BT = prediction_BT.gather(1, before_BT.clamp(0, clean_S - 1))
+    choice_BT = prediction_BT.gather(1, before_BT.clamp(0, rows.shape[1] - 1))
     return choice_BT.where(rows.order + ahead > 0, torch.full_like(choice_BT, -2))
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tidar_mega.parallel.balance import assign, mask_slots
-from tidar_mega.rows import PADDING, Rows, concatenate
+from tidar_mega.rows import PADDING, Rows, concatenate, move
 
 EMPTY = -1  # the place of a padding row that fills a rank up
 
@@ -66,7 +66,7 @@ class Part:
     def to(self, device: torch.device | str) -> Part:
         rows = self.rows.to(device)
         keys = rows if self.keys is self.rows else self.keys.to(device)
-        return replace(self, rows=rows, keys=keys, places=self.places.to(device, non_blocking=True))
+        return replace(self, rows=rows, keys=keys, places=move(self.places, device))
 
 
 def whole(rows: Rows) -> Part:

@@ -27,7 +27,7 @@ from tidar_mega.model.attention import AttentionContext, TrainingAttention, choo
 from tidar_mega.model.multi_token import MultiTokenAttention
 from tidar_mega.parallel.context import Part, restore, split, split_copies, whole
 from tidar_mega.parallel.mesh import Mesh
-from tidar_mega.rows import PADDING, Rows, concatenate, visible_pairs
+from tidar_mega.rows import PADDING, Rows, concatenate, move, visible_pairs
 
 Sums = dict[str, Tensor]
 
@@ -162,15 +162,16 @@ def _run_schedule(task: Task, batch: list[Rows], drafts: DraftTerms, forward_onl
     def forward_step(iterator: Iterator[tuple[Rows, Part]], chunk: DistributedDataParallel):
         task.progress()
         rows, part = next(iterator)
-        part = part.to(device.device())
+        # what only the host must know is found before the rows are moved: the device is never waited for
+        index, part = _weighted(part.rows), part.to(device.device())
         hidden_TBD = chunk(rows=part.rows, context=_context(task)(part, _backend(task)))
         if not chunk.module.post_process:
             return hidden_TBD, None
         head_VD, chunk_rows = _head_weight(chunk), task.config.train.loss_chunk
-        losses = cross_entropy(hidden_TBD, head_VD, part.rows, task.mesh.tensor, chunk_rows, drafts)
+        losses = cross_entropy(hidden_TBD, head_VD, part.rows, task.mesh.tensor, chunk_rows, drafts, index)
 
         def loss_function(_):
-            _add(sums, _statistics(task, *_whole(task, losses, rows, part)))
+            _add(sums, _statistics(task, rows, *_whole(task, losses, rows, part)))
             # no tokens to divide by: the weights already hold the global denominators
             return losses.total, torch.zeros((), dtype=torch.int, device=losses.total.device), {}
 
@@ -214,14 +215,19 @@ def _whole(task: Task, losses: RowLosses, rows: Rows, part: Part) -> tuple[Rows,
     """Collective over the context group. All its rows, and their losses without the gradient, on the device."""
     if task.mesh.context.size() == 1:
         return part.rows, losses
-    rows = rows.to(device.device())
     values = []
     for value_N in (losses.loss, losses.prediction):
         value_BT = value_N.new_zeros(part.rows.shape)
         value_BT[losses.index] = value_N
         values.append(restore(value_BT, part, rows.shape[1]))
-    index = rows.weight.nonzero(as_tuple=True)
-    return rows, RowLosses(losses.total.detach(), values[0][index], values[1][index], index)
+    index = _weighted(rows)
+    found = RowLosses(losses.total.detach(), values[0][index], values[1][index], index)
+    return rows.to(device.device()), found
+
+
+def _weighted(rows: Rows) -> tuple[Tensor, Tensor]:
+    """Where rows on the CPU have weight: (sequence, row), on the device."""
+    return tuple(move(x_N, device.device()) for x_N in rows.weight.nonzero(as_tuple=True))
 
 
 def _head_weight(chunk: DistributedDataParallel) -> Tensor:
@@ -236,23 +242,27 @@ def _backend(task: Task) -> str:
     return choose_backend(task.config.model.attention, device.device(), device.DTYPES[task.config.precision.dtype])
 
 
-def _statistics(task: Task, rows: Rows, losses: RowLosses) -> Sums:
+def _statistics(task: Task, rows: Rows, there: Rows, losses: RowLosses) -> Sums:
+    """Of whole rows, on the CPU and `there` on the device. What the rows alone decide is counted on the CPU."""
     sums: Sums = {}
-    label_N = rows.label[losses.index]
+    where = rows.weight > 0
+    bytes_N = task.token_bytes[there.label[losses.index]]
     for term in task.method.terms:
-        share_N = term.share(rows)[losses.index].double()
+        own_N = term.share(rows)[where].double()
+        share_N = move(own_N, device.device())
         sums[f"{term.name}.loss"] = (losses.loss * share_N).sum()
-        sums[f"{term.name}.rows"] = share_N.sum()
-        sums[f"{term.name}.bytes"] = (task.token_bytes[label_N] * share_N).sum()
+        sums[f"{term.name}.rows"] = own_N.sum()
+        sums[f"{term.name}.bytes"] = (bytes_N * share_N).sum()
+    is_real = rows.document != PADDING
     counts = {
-        "count.rows": (rows.document != PADDING).sum(),
-        "count.tokens": (rows.is_clean & (rows.document != PADDING)).sum(),
-        "count.pairs": torch.tensor(visible_pairs(rows), device=label_N.device),
-        "count.head_rows": torch.tensor(len(label_N), device=label_N.device),
+        "rows": is_real.sum(),
+        "tokens": (rows.is_clean & is_real).sum(),
+        "pairs": torch.tensor(visible_pairs(rows)),
+        "head_rows": where.sum(),
     }
-    sums |= {k: v.double() for k, v in counts.items()} | task.method.statistics(rows, losses)
+    sums |= {f"count.{name}": count.double() for name, count in counts.items()} | task.method.statistics(there, losses)
     if task.method.drafts.any:
-        focal, length = draft_sums(task.method.drafts, rows, losses)
+        focal, length = draft_sums(task.method.drafts, there, losses)
         sums |= {"drafts.focal": focal, "drafts.chain": -length, "drafts.count": task.method.drafts.count(rows)}
     return sums
 
@@ -263,7 +273,7 @@ def _add(sums: Sums, more: Sums) -> None:
 
 
 def _over_replicas(task: Task, sums: Sums) -> Sums:
-    flat = torch.cat([v.double().reshape(-1) for v in sums.values()])
+    flat = torch.cat([move(v.double().reshape(-1), device.device()) for v in sums.values()])
     dist.all_reduce(flat, group=task.mesh.data)
     pieces = flat.cpu().split([v.numel() for v in sums.values()])
     return {name: piece.reshape(v.shape) for (name, v), piece in zip(sums.items(), pieces, strict=True)}
