@@ -45,7 +45,7 @@ def test_a_bad_setting_is_refused_and_the_way_out_is_named(override):
     [
         (["parallel.pipeline=3"], "model.num_layers = 4: must be a multiple of parallel.pipeline.*last_stage_layers"),
         (["parallel.last_stage_layers=1"], "parallel.last_stage_layers = 1: must be null with parallel.pipeline = 1"),
-        (["parallel.pipeline=2", "parallel.last_stage_layers=0"], "last_stage_layers = 0: must be a multiple of"),
+        (["parallel.pipeline=2", "parallel.last_stage_layers=0"], "last_stage_layers = 0: must be 1 or more"),
         (["parallel.pipeline=2", "parallel.last_stage_layers=4"], "last_stage_layers = 4: must be such .*0 of 4"),
         (["parallel.pipeline=3", "parallel.first_stage_layers=1"], "first_stage_layers = 1: must be such .*3 of 4"),
         (
@@ -54,7 +54,7 @@ def test_a_bad_setting_is_refused_and_the_way_out_is_named(override):
         ),
         (
             ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.last_stage_layers=1"],
-            "last_stage_layers = 1: must be a multiple of parallel.virtual_pipeline",
+            "last_stage_layers = 1: must be 1 or more, and a multiple of parallel.virtual_pipeline",
         ),
         (
             [

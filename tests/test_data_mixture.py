@@ -52,12 +52,16 @@ def test_a_sample_is_that_of_its_folder(prepared):  # noqa: F811
         assert same(mixed.rows(i), alone[source].rows(index))
 
 
-def test_an_epoch_ends_where_a_folder_is_read_again(prepared):  # noqa: F811
+def test_epochs_are_those_of_each_folder(prepared):  # noqa: F811
     mixed, size = mixture(prepared, [3, 1]), open_stream(prepared, "train", LENGTH, 0).samples_per_epoch
-    assert mixed.samples_per_epoch == size * 100_000 // 75_000
     assert mixed.epochs(4 * size) == {"epoch": 3, "epoch/part0": 3, "epoch/part1": 1}
-    assert [(name, count) for name, _, count in mixed.parts(64)] == [("part0", 48), ("part1", 16)]
+
+
+def test_parts_have_their_shares_but_one_at_least_and_no_more_than_all(prepared):  # noqa: F811
+    assert [(name, count) for name, _, count in mixture(prepared, [3, 1]).parts(64)] == [("part0", 48), ("part1", 16)]
     assert [count for *_, count in mixture(prepared, [1, 0.0001]).parts(64)] == [64, 1]
+    size = open_stream(prepared, "validation", LENGTH, 0).samples_per_epoch
+    assert [count for *_, count in mixture(prepared, [3, 1], "validation").parts(10**6)] == [size, size]
 
 
 def test_the_fingerprint_holds_folders_and_shares(prepared):  # noqa: F811
@@ -73,7 +77,7 @@ def test_names_are_short_where_they_can_be(prepared):  # noqa: F811
 
 
 def test_a_share_too_small_for_a_sample_is_refused(prepared):  # noqa: F811
-    with pytest.raises(DataError, match="data.weights: the share of part1 is below one sample in 100000"):
+    with pytest.raises(DataError, match=r"data.weights = .1, 1e-07.: the share of part1 is below one sample in 100000"):
         mixture(prepared, [1, 1e-7])
 
 
@@ -82,6 +86,7 @@ def test_a_share_too_small_for_a_sample_is_refused(prepared):  # noqa: F811
     [
         (["data.path=[]"], "data.path"),
         (["data.path=[a,a]"], "a folder, or a list of different ones"),
+        (["data.path=[a,./a/]"], "a folder, or a list of different ones"),
         (["data.path=7"], "a folder, or a list of different ones"),
         (["data.weights=[1,2]"], "data.weights = .*: must be null where data.path is one folder"),
         (["data.path=[a,b]", "data.weights=[1]"], "must be 2 numbers above 0"),
@@ -96,8 +101,7 @@ def test_bad_mixtures_are_refused(overrides, said):
 def test_one_folder_is_a_plain_stream(prepared):  # noqa: F811
     alone = open_data(DataConfig(str(prepared), None, LENGTH), "train", 3)
     assert same(alone.rows(5), open_stream(prepared, "train", LENGTH, 3).rows(5))
-    one = open_data(DataConfig([str(prepared)], None, LENGTH), "train", 3)
-    assert [one.place(i) for i in (0, 7)] == [(0, 0), (0, 7)]
+    assert open_data(DataConfig([str(prepared)], [2.0], LENGTH), "train", 3).fingerprint == alone.fingerprint
 
 
 # training
@@ -134,10 +138,19 @@ def test_a_resume_of_a_mixture_goes_on_with_the_next_sample(work):
     assert losses(work, "killed") == losses(work, "whole")
     other = (MIXED[0], "data.weights=[1,1]", "train.steps=20")
     said = tidar(work, "pretrain", "run.yaml", "run_dir=killed", *other, code=2)
-    assert "data.path = ['corpus', 'letters']: its index or tokenizer" in said
+    assert "data.weights = [1.0, 1.0]: the checkpoint" in said and "data.weights = [0.75, 0.25]; set them back" in said
 
 
-def test_a_mixture_is_evaluated(work):
+def test_every_folder_is_looked_at_by_an_evaluation(work):
+    from tidar_mega.evaluation.acceptance import held_out_prompts
+    from tidar_mega.evaluation.samples import vocabulary
+
+    folders = [str(work / "corpus"), str(work / "letters")]  # of very unlike sizes
+    stream = open_data(DataConfig(folders, [0.5, 0.5], 64), "validation", 0)
+    prompts = [stream.tokenizer.decode(prompt) for prompt in held_out_prompts(stream, 40, 16)]
+    of_letters = [set(text) <= set("abcdefghij ") for text in prompts]
+    assert 0 < sum(of_letters) < 40
+    assert {"abcdefghij", "the", "self"} <= vocabulary(stream)
     small = ("--prompts=2", "--prompt-tokens=8", "--max-tokens=8", "--sequences=4")
     assert "validation_nats_per_byte" in tidar(work, "evaluate", "whole", *small)
 

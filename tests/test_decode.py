@@ -290,6 +290,9 @@ class Pieces:
     token_BS: torch.Tensor
     samples_per_epoch: int = 7
 
+    def parts(self, count: int) -> list:
+        return [("", self, count)]
+
     def rows(self, index: int) -> Rows:
         return clean_rows(self.token_BS[index : index + 1])
 

@@ -301,6 +301,9 @@ class Windows:
 
     samples_per_epoch: int = 6
 
+    def parts(self, count: int) -> list:
+        return [("", self, min(count, 6))]
+
     def rows(self, index: int) -> Rows:
         document = torch.tensor([[0] * 3 + [1] * 5 + [2] * 2 + [-1] * 2]) if index % 2 else torch.full((1, 12), -1)
         token = torch.arange(12)[None] + 20 * index

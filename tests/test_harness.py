@@ -134,8 +134,32 @@ def test_what_the_engine_does_not_do_is_refused(work):
         model.generate_until([asked("a", {"repetition_penalty": 1.2})])
     with pytest.raises(UserError, match="set decode.capacity=128"):
         model.generate_until([asked("a", {"max_gen_toks": 64})])
-    with pytest.raises(UserError, match="likelihood of 65 tokens in one piece.*data.seq_length = 64"):
-        model.loglikelihood([Instance("loglikelihood", {}, ("a", "\x00" * 65), 0)])
+    for count in (0, 65):
+        pair = Instance("loglikelihood", {}, ("a", "\x00" * count), 0)
+        with pytest.raises(UserError, match=rf"likelihood of {count} tokens: .*data.seq_length = 64 .*'a'"):
+            model.loglikelihood([pair])
+
+
+def test_a_context_of_blanks_is_the_end_of_a_document(work):
+    model = HarnessModel(load_engine(work / "run"))
+    blank, empty = (Instance("loglikelihood", {}, pair, 0) for pair in (("  ", "def"), ("", "  def")))
+    assert model.loglikelihood([blank]) == model.loglikelihood([empty])
+
+
+def test_the_choices_of_a_question_are_scored_by_one_replica(work, monkeypatch):
+    """So that their context is computed once."""
+    model, dealt = HarnessModel(load_engine(work / "run")), []
+
+    def in_two(items, work, group):
+        shares = [work(items[rank::2]) for rank in (0, 1)]
+        dealt.extend(items)
+        return [shares[i % 2][i // 2] for i in range(len(items))]
+
+    requests = [(None, [i // 3 + 1, 2], [3, i]) for i in range(15)] + [(None, [1, 2], [77])]
+    alone = model._loglikelihood_tokens(requests)
+    monkeypatch.setattr("tidar_mega.evaluation.harness.share_out", in_two)
+    assert model._loglikelihood_tokens(requests) == [(pytest.approx(nats, abs=1e-4), best) for nats, best in alone]
+    assert dealt == [[0, 1, 2, 15], *([i, i + 1, i + 2] for i in (3, 6, 9, 12))]
 
 
 @pytest.mark.parametrize("layout", ["decode.tensor=2", "decode.pipeline=2"])
@@ -166,10 +190,12 @@ def test_a_watch_hands_on_what_it_was_asked_and_replicas_divide_it(work):
 def test_bad_tasks_are_one_clear_error(work):
     (work / "broken").mkdir()
     write_task(work, "own_lost", TASKS["own_text"], work / "nothing.jsonl", "broken")
+    write_task(work, "own_code", {**TASKS["own_text"], "unsafe_code": True}, work / "docs.jsonl", "broken")
     for words, said in {
         ("--tasks", "own_choise", "--include-path", "tasks"): "no task of that name (it has own_choice",
         ("--tasks", "own_text", "--include-path", "nowhere"): "--include-path nowhere: there is no such folder",
         ("--tasks", "own_lost", "--include-path", "broken"): "--tasks own_lost: one could not be loaded",
+        ("--tasks", "own_code", "--include-path", "broken"): "--tasks own_code: runs the code that the model writes",
     }.items():
         assert said in here(work, "evaluate", "run", *words, *SMALL, code=2)
 

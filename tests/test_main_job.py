@@ -111,7 +111,7 @@ def interrupt(folder: Path, run: str, after: int, how, *overrides: str) -> int:
 def test_a_trace_of_some_steps_is_recorded(work):
     overrides = ("log.profile_step=4", "log.profile_steps=2", "log.profile_ranks=[0,1]")
     said = tidar(work, "pretrain", "run.yaml", "run_dir=traced", *overrides)
-    assert "trace of the last 2 step(s): traced/profile/step_4_rank_0.json.gz" in said
+    assert "trace of steps 4 to 5: traced/profile/step_4_rank_0.json.gz" in said
     for rank in (0, 1):
         with gzip.open(work / "traced" / "profile" / f"step_4_rank_{rank}.json.gz") as file:
             names = [event["name"] for event in json.load(file)["traceEvents"] if "name" in event]
@@ -120,7 +120,9 @@ def test_a_trace_of_some_steps_is_recorded(work):
     for step, figures in losses(work, "traced").items():
         assert figures == losses(work, "whole")[step], "a recorded step is the same step"
     said = tidar(work, "pretrain", "run.yaml", "run_dir=x", "log.profile_step=1", code=2)
-    assert "log.profile_step = 1: must be a step from 2" in said
+    assert "log.profile_step = 1: must be null, or a step from 2" in said
+    said = tidar(work, "pretrain", "run.yaml", "run_dir=x", "log.profile_step=2", "log.profile_ranks=[2]", code=2)
+    assert "log.profile_ranks = [2]: must be below the number of ranks (2)" in said
 
 
 def test_training_learns_and_says_so(work):

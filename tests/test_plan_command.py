@@ -157,6 +157,17 @@ def test_an_optimizer_on_the_host_takes_longer():
     assert there.optimizer > 5 * here.optimizer and there.products == here.products
 
 
+def test_the_layouts_of_a_search_are_those_that_their_overrides_make(tmp_path):
+    """Also where the file says something of the stages itself."""
+    config = config_module.load(CONFIG, ["parallel.pipeline=4", "parallel.first_stage_layers=6"])
+    found = search(config, VOCAB, 64, H100)
+    assert {c.layout.config.stage_layers[-1] for c in found.best} > {18, 16}, "some have a shorter last stage"
+    for candidate in found.best[::50]:
+        again = config_module.override(config, overrides(candidate.layout))
+        assert again == replace(candidate.layout.config, parallel=replace(again.parallel))
+        assert again.stage_layers == candidate.layout.config.stage_layers
+
+
 @pytest.mark.parametrize("ends", [(None, None), (None, 6), (None, 3), (10, 6), (12, 12), (3, None)])
 def test_a_step_is_that_of_a_played_pipeline_of_unlike_stages(ends):
     from tests.test_plan import one_forward_one_backward

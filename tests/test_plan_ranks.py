@@ -75,6 +75,7 @@ LAYOUTS = {
     "context, norms": ("q, k norms", {"context": 2}),
     "context, recompute": ("wide heads", {"context": 2, "recompute": "selective"}),
     "pipeline": ("tied", {"pipeline": 2}),
+    "unlike stages": ("untied", {"pipeline": 2, "last_stage_layers": 1}),
     "interleaved": ("wide heads", {"pipeline": 2, "virtual_pipeline": 2}),
 }
 

@@ -300,12 +300,13 @@ def _evaluate(args) -> int | None:
         from tidar_mega.evaluation import watch
 
         return watch.run(args)
-    if (code := _in_ranks(args)) is not None:
-        return code
     from tidar_mega.evaluation import checkpoint
     from tidar_mega.train import board
 
-    write_json(args.json, checkpoint.run(args, board.evaluation))
+    tasks = checkpoint.find_tasks(args)
+    if (code := _in_ranks(args)) is not None:
+        return code
+    write_json(args.json, checkpoint.run(args, tasks, board.evaluation))
     return None
 
 

@@ -53,8 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict:
     """Figures of `compare` on held-out text of the checkpoint's data, with the model's loss on it. Raises UserError."""
     loaded = load_engine(args.checkpoint, [*args.overrides, f"decode.batch={max(args.batches)}", "decode.outcomes=all"])
-    data = loaded.config.data
-    stream = open_data(data, "validation", loaded.config.train.seed)
+    stream = open_data(loaded.config.data, "validation", loaded.config.train.seed)
     prompts = held_out_prompts(stream, args.prompts, args.prompt_tokens)
     args.blocks = args.blocks or _blocks(loaded.engine)
     if "auto" in args.outcomes:  # measured once, as far as is needed

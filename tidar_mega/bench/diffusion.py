@@ -19,8 +19,8 @@ from rich.table import Table
 from tidar_mega.arguments import positive
 from tidar_mega.bench.figure import save
 from tidar_mega.config import ConfigError, UserError
-from tidar_mega.data.mixture import Mixture, open_data
-from tidar_mega.data.stream import Stream
+from tidar_mega.data.mixture import open_data
+from tidar_mega.data.stream import Samples
 from tidar_mega.data.tokenizer import Tokenizer
 from tidar_mega.decode import load
 from tidar_mega.decode.diffusion import PAPER_WINDOWS, Backbone, Loaded, Window, load_denoiser, sample
@@ -113,11 +113,11 @@ class Judge:
 
     def held_out(self, count: int) -> torch.Tensor:
         """`count` whole windows of the validation text, spread evenly, int64 [count, S]."""
-        stream = self._stream("validation", self.length)
-        at = [i * (stream.samples_per_epoch - 1) // count for i in range(count)]
-        return torch.cat([stream.rows(i).token for i in at])
+        parts = self._stream("validation", self.length).parts(count)
+        at = [(part, i * (part.samples_per_epoch - 1) // n) for _, part, n in parts for i in range(n)]
+        return torch.cat([part.rows(i).token for part, i in at])
 
-    def _stream(self, split: str, length: int) -> Stream | Mixture:
+    def _stream(self, split: str, length: int) -> Samples:
         return open_data(self._data, split, seed=0, seq_length=length)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import pkgutil
 from collections.abc import Collection
 from importlib.util import find_spec
@@ -126,9 +127,9 @@ def _modules_in(folders: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _check_log(config: Config) -> None:
-    log, steps = config.log, config.train.steps
-    allowed = f"a step from 2, as the one before warms the profiler up, to train.steps ({steps}); or null"
-    ok = log.profile_step is None or 2 <= log.profile_step <= steps
+    log, last = config.log, config.train.steps - config.log.profile_steps + 1
+    allowed = f"null, or a step from 2 (the one before warms up) to {last}, so that train.steps holds log.profile_steps"
+    ok = log.profile_step is None or 2 <= log.profile_step <= last
     require(ok, "log.profile_step", log.profile_step, allowed)
     ok = all(rank >= 0 for rank in log.profile_ranks)
     require(ok, "log.profile_ranks", log.profile_ranks, "ranks, from 0 on")
@@ -138,7 +139,8 @@ def _check_data(config: Config) -> None:
     path, weights = config.data.path, config.data.weights
     several = isinstance(path, list)
     folders = path if several else [path]
-    ok = bool(folders) and all(isinstance(f, str) and f for f in folders) and len(set(folders)) == len(folders)
+    ok = bool(folders) and all(isinstance(f, str) and f for f in folders)
+    ok = ok and len(set(map(os.path.normpath, folders))) == len(folders)
     require(ok, "data.path", path, "a folder, or a list of different ones such as [data/web,data/code]")
     require(weights is None or several, "data.weights", weights, "null where data.path is one folder")
     if weights is not None:
@@ -219,7 +221,8 @@ def _check_stages(config: Config) -> None:
     for key in ends:
         value, key = getattr(p, key), f"parallel.{key}"
         require(p.pipeline > 1, key, value, "null with parallel.pipeline = 1")
-        require(value > 0 and value % virtual == 0, key, value, f"a multiple of parallel.virtual_pipeline ({virtual})")
+        allowed = f"1 or more, and a multiple of parallel.virtual_pipeline ({virtual})"
+        require(value > 0 and value % virtual == 0, key, value, allowed)
     stages = config.stage_layers
     if not ends:
         allowed = f"a multiple of parallel.pipeline x parallel.virtual_pipeline ({p.pipeline} x {virtual})"
@@ -266,9 +269,10 @@ def _check_precision(config: Config) -> None:
         require(config.parallel.distributed_optimizer, "precision.fp8_param_gather", True, allowed)
         allowed = "false with mxfp8, whose weights megatron gathers in bf16"
         require(precision.fp8 != "mxfp8", "precision.fp8_param_gather", True, allowed)
-    for key, stage in {"bf16_first_layers": 0, "bf16_last_layers": -1}.items():
-        kept, most = getattr(precision, key), config.stage_layers[stage]
-        require(kept <= most, f"precision.{key}", kept, f"at most the layers of that pipeline stage ({most})")
+    stage = layers // config.parallel.pipeline  # megatron's rule, also where stages are unlike
+    for key in ("bf16_first_layers", "bf16_last_layers"):
+        kept, allowed = getattr(precision, key), f"at most the layers of one of equal pipeline stages ({stage})"
+        require(kept <= stage, f"precision.{key}", kept, allowed)
     kept = precision.bf16_first_layers + precision.bf16_last_layers
     if kept:
         allowed = f"at most model.num_layers ({layers}) with precision.bf16_last_layers"

@@ -15,25 +15,23 @@ import numpy as np
 
 from tidar_mega.config import DataConfig
 from tidar_mega.data import DataError
-from tidar_mega.data.stream import Stream, mix, open_stream
+from tidar_mega.data.stream import Samples, Stream, mix, open_stream
 from tidar_mega.rows import Rows
 
 _TURN = 100_000  # samples in which every folder has its share; none can be smaller than one of them
 
 
-def open_data(data: DataConfig, split: str, seed: int, seq_length: int | None = None) -> Stream | Mixture:
+def open_data(data: DataConfig, split: str, seed: int, seq_length: int | None = None) -> Samples:
     """The train or validation split of `data.path`, one folder or several; `seq_length`: instead of data.seq_length.
 
     Raises DataError as `open_stream`, and if folders have different tokenizers.
     """
     streams = {folder: open_stream(folder, split, seq_length or data.seq_length, seed) for folder in data.folders}
-    if isinstance(data.path, str):
-        return streams[data.path]
-    return Mixture(streams, data.weights)
+    return Mixture(streams, data.weights) if len(streams) > 1 else streams[data.folders[0]]
 
 
 class Mixture:
-    """Rows by global sample index, as of a Stream. `weights` are in the order of the streams; None: by their sizes."""
+    """`Samples` of two or more streams. `weights` are in their order; None: by their sizes."""
 
     def __init__(self, streams: dict[str, Stream], weights: list[float] | None) -> None:
         (first, one), *others = streams.items()
@@ -50,7 +48,8 @@ class Mixture:
         if 0 in self._counts:
             folder = list(streams)[self._counts.index(0)]
             raise DataError(
-                f"data.weights: the share of {folder} is below one sample in {_TURN}; raise it, or leave the folder out"
+                f"data.weights = {weights}: the share of {folder} is below one sample in {_TURN}; give it a larger "
+                "one (null: by their sizes), or leave the folder out"
             )
         number = np.concatenate([np.arange(count) for count in self._counts])
         source = np.repeat(np.arange(len(sizes)), self._counts)
@@ -61,7 +60,6 @@ class Mixture:
         order = at.argsort(kind="stable")
         self._source, self._number = source[order], number[order]
         self.tokenizer, self.tokenizer_folder = one.tokenizer, one.tokenizer_folder
-        self.samples_per_epoch = min(s * _TURN // c for s, c in zip(sizes, self._counts, strict=True))
         parts = [(c, stream.fingerprint) for c, stream in zip(self._counts, self._streams, strict=True)]
         self.fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -72,17 +70,16 @@ class Mixture:
         return source, turn * self._counts[source] + int(self._number[at])
 
     def rows(self, global_index: int) -> Rows:
-        """Clean rows [1, S] (CPU) of one sample. Raises as a Stream."""
         source, index = self.place(global_index)
         return self._streams[source].rows(index)
 
     def parts(self, count: int) -> list[tuple[str, Stream, int]]:
-        """(name, stream, its share of `count` samples, at least one) of each folder."""
-        shares = (max(1, round(count * c / _TURN)) for c in self._counts)
-        return list(zip(self._names, self._streams, shares, strict=True))
+        shares = [max(1, round(count * c / _TURN)) for c in self._counts]
+        triples = zip(self._names, self._streams, shares, strict=True)
+        return [(name, stream, min(share, stream.samples_per_epoch)) for name, stream, share in triples]
 
     def epochs(self, samples: int) -> dict[str, float]:
-        """How often the first `samples` go through each folder, and `epoch` for the one that is read most."""
+        """`epoch` is that of the folder that is read most."""
         rounds = [samples * c / _TURN / s.samples_per_epoch for c, s in zip(self._counts, self._streams, strict=True)]
         return {"epoch": max(rounds), **{f"epoch/{name}": n for name, n in zip(self._names, rounds, strict=True)}}
 

@@ -16,6 +16,7 @@ import hashlib
 import itertools
 import os
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -57,6 +58,24 @@ def open_stream(folder: str | Path, split: str, seq_length: int, seed: int) -> S
     return Stream(folder, split, seq_length, seed, index, tokenizer)
 
 
+class Samples(Protocol):
+    """What training and evaluations ask of a Stream, or of several (`mixture.py`)."""
+
+    tokenizer: Tokenizer
+    tokenizer_folder: Path
+    fingerprint: str  # of the corpus and its tokenizer; what is trained on does not change under a run
+
+    def rows(self, global_index: int) -> Rows:
+        """Clean rows [1, S] (CPU) of one sample. Raises DataError if a shard is damaged there, LostError if the storage
+        does not give it."""
+
+    def parts(self, count: int) -> list[tuple[str, Stream, int]]:
+        """(name, folder, its share of `count` samples): at least one, at most all it has."""
+
+    def epochs(self, samples: int) -> dict[str, float]:
+        """How often the first `samples` go through the corpus, `epoch`, and through each folder."""
+
+
 class Stream:
     """Rows by global sample index; see `open_stream`."""
 
@@ -91,8 +110,6 @@ class Stream:
         return self._tokens // self.seq_length
 
     def rows(self, global_index: int) -> Rows:
-        """Clean rows [1, S] (CPU) of one sample. Raises DataError if a shard is damaged there, LostError if the storage
-        does not give it."""
         first = self._first_token(global_index)
         token_N, document_N = self._reader.window(first, self.seq_length + 1)
         found = len(token_N)
@@ -108,8 +125,7 @@ class Stream:
         return pack(token, document)
 
     def parts(self, count: int) -> list[tuple[str, Stream, int]]:
-        """As of a Mixture: all of it."""
-        return [("", self, count)]
+        return [("", self, min(count, self.samples_per_epoch))]
 
     def epochs(self, samples: int) -> dict[str, float]:
         return {"epoch": samples / self.samples_per_epoch}

@@ -7,21 +7,24 @@ from collections.abc import Sequence
 import torch
 
 from tidar_mega.config import UserError
-from tidar_mega.data.stream import Stream
+from tidar_mega.data.stream import Samples, Stream
 from tidar_mega.decode.requests import Generation, mean_tokens
 
 MOST_WINDOWS = 4096  # of a validation stream, which may be large, are looked at for prompts
 
 
-def held_out_prompts(stream: Stream, count: int, length: int) -> list[list[int]]:
-    """`count` prompts of `length` tokens from (at most MOST_WINDOWS) windows spread evenly over a validation stream,
-    always the same.
+def held_out_prompts(stream: Samples, count: int, length: int) -> list[list[int]]:
+    """`count` prompts of `length` tokens from (at most MOST_WINDOWS) windows spread evenly over a validation stream, or
+    over each of several, always the same.
 
     Each is the start of the longest piece of one document in its window. Raises UserError if too few windows have a
     piece that long.
     """
-    windows = range(0, stream.samples_per_epoch, -(-stream.samples_per_epoch // MOST_WINDOWS))
-    pieces = (_longest_piece(stream, i) for i in windows)
+    pieces = [
+        _longest_piece(part, i)
+        for _, part, most in stream.parts(MOST_WINDOWS)
+        for i in range(0, part.samples_per_epoch, -(-part.samples_per_epoch // most))
+    ]
     long_enough = [piece[:length] for piece in pieces if len(piece) >= length]
     if len(long_enough) < count:
         raise UserError(

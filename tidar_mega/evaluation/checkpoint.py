@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,13 +26,26 @@ from tidar_mega.evaluation.watch import FILE
 Draw = Callable[[Path, int, dict[str, float], list[int], np.ndarray], None]
 
 
-def run(args: argparse.Namespace, draw: Draw) -> dict:
-    """The checkpoint's step, its `held_out_loss`, what `acceptance.summarise` says, and the figures of `--tasks`; also
+def find_tasks(args: argparse.Namespace) -> Any:
+    """What `--tasks` names, for `run`; None without it. Raises UserError."""
+    if not args.tasks:
+        return None
+    try:
+        from tidar_mega.evaluation import harness
+    except ImportError as error:
+        raise UserError(f"--tasks needs lm-evaluation-harness ({error}): pip install lm-eval") from None
+    return harness.find(args)
+
+
+def run(args: argparse.Namespace, tasks: Any, draw: Draw) -> dict:
+    """The checkpoint's step, its `held_out_loss`, what `acceptance.summarise` says, and the figures of the tasks; also
     as a line of FILE in the run folder and, by `draw`, as pictures. Raises UserError."""
-    if args.tasks:
-        harness = _harness()
     loaded = load_engine(args.checkpoint, ["decode.outcomes=all", *args.overrides])
-    of_tasks = harness.run(args, loaded) if args.tasks else {}
+    of_tasks: dict[str, float] = {}
+    if tasks is not None:
+        from tidar_mega.evaluation import harness
+
+        of_tasks = harness.run(args, tasks, loaded)
     stream = open_data(loaded.config.data, "validation", loaded.config.train.seed)
     prompts = held_out_prompts(stream, args.prompts, args.prompt_tokens)
     step = store.read_meta(loaded.checkpoint)["step"]
@@ -47,14 +61,6 @@ def run(args: argparse.Namespace, draw: Draw) -> dict:
         said = " | ".join(f"{name} {value:.4f}" for name, value in numbers.items())
         print(f"evaluation of step {step} | {said}", flush=True)
     return {"step": step, **figures}
-
-
-def _harness():
-    try:
-        from tidar_mega.evaluation import harness
-    except ImportError as error:
-        raise UserError(f"--tasks needs lm-evaluation-harness ({error}): pip install lm-eval") from None
-    return harness
 
 
 def _keep(path: Path, line: dict) -> None:

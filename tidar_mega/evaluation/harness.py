@@ -11,10 +11,13 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import random
+import sys
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 
+import numpy as np
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -33,13 +36,19 @@ from tidar_mega.parallel.mesh import share_out
 
 _BATCHES = 8  # handed to the engine at once, of decode.batch requests each
 _ROUNDS = 1000  # of bootstrapping, for the standard error of what is not a mean
+_SEEDS = {
+    "random_seed": 0,
+    "numpy_random_seed": 1234,
+    "torch_random_seed": 1234,
+    "fewshot_random_seed": 1234,
+}  # lm_eval's
 
 
 class HarnessModel(TemplateLM):
     """A loaded checkpoint as the tasks see it. Every rank of a layout must ask the same; replicas divide the work.
 
-    Contexts of likelihoods are cut on the left to `data.seq_length`, which is what `tidar convert` tells transformers;
-    those of continuations to what `decode.capacity` leaves. `generations` is all that was decoded.
+    Contexts are cut on the left: those of likelihoods to `data.seq_length`, which is what `tidar convert` tells
+    transformers, and prompts to what `decode.capacity` leaves. `generations` is all that was decoded.
     """
 
     def __init__(self, loaded: Loaded) -> None:
@@ -58,22 +67,37 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Iterable[tuple[object, list[int], list[int]]], disable_tqdm: bool = False, **_
     ) -> list[tuple[float, bool]]:
-        pairs = []
-        for _texts, context, continuation in requests:
-            if len(continuation) > self.max_length:
-                raise UserError(
-                    f"a task asks for the likelihood of {len(continuation)} tokens in one piece; the model knows texts "
-                    f"of data.seq_length = {self.max_length}"
-                )
-            kept = self.max_length + 1 - len(continuation)
-            pairs.append((context[-kept:], continuation))
+        pairs = [self._pair(*request) for request in requests]
+        by_context: dict[tuple[int, ...], list[int]] = {}
+        for number, (context, _continuation) in enumerate(pairs):
+            by_context.setdefault(context, []).append(number)
+        questions = list(by_context.values())  # of one replica each, as their continuations share the context's rows
         engine, mesh = self.loaded.engine, self.loaded.mesh
 
-        def work(own: list) -> list[tuple[float, bool]]:
-            with self._progress("scoring", len(own), disable_tqdm) as progress:
-                return mesh.from_head(score(engine, own, told=progress.advance))
+        def work(own: list[list[int]]) -> list[list[tuple[float, bool]]]:
+            numbers = [number for question in own for number in question]
+            with self._progress("scoring", len(numbers), disable_tqdm) as progress:
+                found = iter(mesh.from_head(score(engine, [pairs[n] for n in numbers], told=progress.advance)))
+            return [[next(found) for _ in question] for question in own]
 
-        return share_out(pairs, work, engine.replicas)
+        answers = share_out(questions, work, engine.replicas)
+        by_number = {
+            number: answer
+            for question, own in zip(questions, answers, strict=True)
+            for number, answer in zip(question, own, strict=True)
+        }
+        return [by_number[number] for number in range(len(pairs))]
+
+    def _pair(self, texts: object, context: list[int], continuation: list[int]) -> tuple[tuple[int, ...], list[int]]:
+        """The context cut to what fits, of at least one token. Raises UserError for a continuation that has none, or
+        too many."""
+        if not 0 < len(continuation) <= self.max_length:
+            raise UserError(
+                f"a task asks for the likelihood of {len(continuation)} tokens: at least 1 and at most "
+                f"data.seq_length = {self.max_length} can be scored; (context, continuation) = {str(texts)[:200]}"
+            )
+        kept = self.max_length + 1 - len(continuation)
+        return tuple(context or [self.prefix_token_id])[-kept:], continuation
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Of whole texts, the first token behind an end of document; in disjoint windows of `max_length` tokens."""
@@ -98,13 +122,17 @@ class HarnessModel(TemplateLM):
                 found += engine.generate(prompts, params, mode)
                 progress.advance(len(prompts))
         self.generations += found
+        longer = sum(len(p) + len(g.tokens) > self.max_length for (p, _), g in zip(asked, found, strict=True))
+        if longer and self.loaded.mesh.is_main:
+            told = f"warning: {longer} of {len(found)} prompts with their continuations are longer than data.seq_length"
+            print(f"{told} = {self.max_length}; a lower decode.capacity cuts prompts", file=sys.stderr, flush=True)
         return [generation.text for generation in found]
 
     def _asked(self, number: int, context: str, settings: dict) -> tuple[list[int], SamplingParams]:
         """The prompt, and how the task wants it to be continued. Raises UserError for what this engine does not do."""
         wanted = normalize_gen_kwargs(settings)
         most, until, samples = wanted.pop("max_gen_toks"), wanted.pop("until"), wanted.pop("do_sample")
-        chosen = {"temperature": wanted.pop("temperature", 1.0 if samples else 0.0)}  # transformers' defaults
+        chosen = {"temperature": wanted.pop("temperature", 1.0 if samples else 0.0)}  # sampling means 1, as elsewhere
         chosen |= {name: wanted.pop(name) for name in ("top_k", "top_p") if name in wanted}
         if wanted.pop("num_beams", 1) != 1 or wanted:
             raise UserError(
@@ -125,42 +153,17 @@ class HarnessModel(TemplateLM):
         return Progress(title, count, "requests", is_silent or not self.loaded.mesh.is_main)
 
 
-def run(args: argparse.Namespace, loaded: Loaded) -> dict[str, float]:
-    """What `--tasks` names, with lm_eval's names of metrics and filters: `arc_easy/acc`, `arc_easy/acc_stderr`,
-    `gsm8k/exact_match,strict-match`; where something was decoded, also `tasks_tokens_per_forward`.
+@dataclass(frozen=True)
+class Tasks:
+    """What `--tasks` names, ready to be asked: the data sets are on this machine."""
 
-    Empty but on the main process. Raises UserError.
-    """
-    mesh, model = loaded.mesh, HarnessModel(loaded)
-    manager, names = _named(args)
-    mesh.on_main(lambda: _fetch(manager, names))
-    results = simple_evaluate(
-        model,
-        tasks=names,
-        task_manager=manager,
-        num_fewshot=args.num_fewshot,
-        limit=args.limit,
-        bootstrap_iters=_ROUNDS if mesh.is_main else 0,
-        log_samples=False,
-        confirm_run_unsafe_code=args.confirm_run_unsafe_code,
-    )
-    if not mesh.is_main:
-        return {}
-    figures = {
-        f"{task}/{metric.replace(',none', '')}": value
-        for task, found in results["results"].items()
-        for metric, value in found.items()
-        if isinstance(value, float) and math.isfinite(value)
-    }
-    if model.generations:
-        figures["tasks_tokens_per_forward"] = tokens_per_forward(model.generations)
-    for name, value in figures.items():
-        print(f"{name} {value:.4f}", flush=True)
-    return figures
+    manager: TaskManager
+    names: list[str]
 
 
-def _named(args: argparse.Namespace) -> tuple[TaskManager, list[str]]:
-    """All tasks there are, and the names of those that `--tasks` means. Raises UserError."""
+def find(args: argparse.Namespace) -> Tasks:
+    """The tasks of `--tasks`, whose data sets are fetched where they are not in the cache yet. Call it before there are
+    other processes, which would wait for them. Raises UserError."""
     if args.include_path is not None and not args.include_path.is_dir():
         raise UserError(f"--include-path {args.include_path}: there is no such folder")
     manager, names = TaskManager(include_path=args.include_path), []
@@ -173,16 +176,51 @@ def _named(args: argparse.Namespace) -> tuple[TaskManager, list[str]]:
                 "own are found with --include-path"
             )
         names += found
-    return manager, names
-
-
-def _fetch(manager: TaskManager, names: list[str]) -> None:
-    """Loads the tasks once, so that what is wrong with them is one error and their data sets lie in the cache, where
-    every process finds them. Raises UserError."""
+    random.seed(_SEEDS["random_seed"])  # what a task shuffles is kept in the cache, in the order of this first time
+    np.random.seed(_SEEDS["numpy_random_seed"])
     try:
-        manager.load(names)
+        loaded = manager.load(names)["tasks"]
     except Exception as error:  # data sets come from anywhere, and tasks may bring code
         raise UserError(
             f"--tasks {','.join(names)}: one could not be loaded ({type(error).__name__}: {error}); data sets come "
             "from the Hugging Face hub or its cache (HF_HOME): fetch them where there is a network"
         ) from error
+    for name, task in loaded.items():
+        if getattr(task, "UNSAFE_CODE", False) and not args.confirm_run_unsafe_code:
+            raise UserError(f"--tasks {name}: runs the code that the model writes; allow it: --confirm-run-unsafe-code")
+        if getattr(task, "MULTIMODAL", False):
+            raise UserError(f"--tasks {name}: shows pictures or sounds, and the model reads text; leave it out")
+    return Tasks(manager, names)
+
+
+def run(args: argparse.Namespace, tasks: Tasks, loaded: Loaded) -> dict[str, float]:
+    """lm_eval's figures by its own names of metrics and filters: `arc_easy/acc`, `arc_easy/acc_stderr`,
+    `gsm8k/exact_match,strict-match`; where something was decoded, also `tasks_tokens_per_forward`.
+
+    Empty but on the main process. Raises UserError.
+    """
+    is_main, model = loaded.mesh.is_main, HarnessModel(loaded)
+    results = simple_evaluate(
+        model,
+        tasks=tasks.names,
+        task_manager=tasks.manager,
+        num_fewshot=args.num_fewshot,
+        limit=args.limit,
+        bootstrap_iters=_ROUNDS if is_main else 0,
+        log_samples=False,
+        confirm_run_unsafe_code=args.confirm_run_unsafe_code,
+        **_SEEDS,
+    )
+    if not is_main:
+        return {}
+    figures = {
+        f"{task}/{metric.replace(',none', '')}": value
+        for task, found in results["results"].items()
+        for metric, value in found.items()
+        if isinstance(value, float) and math.isfinite(value)
+    }
+    if model.generations:
+        figures["tasks_tokens_per_forward"] = tokens_per_forward(model.generations)
+    for name, value in figures.items():
+        print(f"{name} {value:.4f}", flush=True)
+    return figures

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tidar_mega.data.stream import Stream
+from tidar_mega.data.stream import Samples
 from tidar_mega.decode.engine import Engine
 from tidar_mega.decode.sampling import log_sum, take_ids
 from tidar_mega.model.attention import TrainingAttention, choose_backend
@@ -22,15 +22,15 @@ _HEAD_ROWS = 2048  # whose logits exist at once
 
 
 @torch.inference_mode()
-def held_out_loss(engine: Engine, stream: Stream, token_bytes, sequences: int = 16) -> dict:
+def held_out_loss(engine: Engine, stream: Samples, token_bytes, sequences: int = 16) -> dict:
     """AR loss on some held-out sequences: acceptance means nothing without it, as untrained halves agree on noise.
 
     The same on every rank of a tensor-parallel layout; empty on pipeline stages before the last.
     """
-    count = min(sequences, stream.samples_per_epoch)
     nats = tokens = length = 0.0
-    for i in range(count):
-        rows = stream.rows(i * stream.samples_per_epoch // count).to(engine.model.device)
+    spread = [(part, i * part.samples_per_epoch // n) for _, part, n in stream.parts(sequences) for i in range(n)]
+    for part, at in spread:
+        rows = part.rows(at).to(engine.model.device)
         found = _score_rows(engine, rows, TrainingAttention)
         if found is None:
             continue
@@ -51,7 +51,7 @@ def score(
     told: Callable[[int], None] = lambda _: None,
 ) -> list[tuple[float, bool]] | None:
     """Of each (context, continuation): the log-likelihood of the continuation in nats, and whether each of its tokens
-    is the most likely one there. Contexts have at least one token.
+    is the most likely one there. Both have at least one token.
 
     Continuations of one context share its rows: behind it, each is a group of rows that see the context and those of
     their own group that stand before them, by the rule of all masks. A forward has `rows` rows, or as many as the
@@ -140,19 +140,18 @@ class _Forward:
 
 
 def _forwards(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], most: int) -> Iterator[_Forward]:
-    """All pairs that have a continuation, those of one context beside one another; every forward has one size."""
+    """All pairs, those of one context beside one another; every forward has one size, as a GPU's kernels want."""
     by_context: dict[tuple[int, ...], list[int]] = {}
-    for number, (context, continuation) in enumerate(pairs):
-        if len(continuation):
-            by_context.setdefault(tuple(context), []).append(number)
+    for number, (context, _) in enumerate(pairs):
+        by_context.setdefault(tuple(context), []).append(number)
     queue = [(number, context, pairs[number][1]) for context, numbers in by_context.items() for number in numbers]
-    lengths = [len(context) - 1 + len(continuation) for _, context, continuation in queue]
-    size = max(max(lengths, default=0), min(most, sum(lengths)))
-    forward = _Forward(size)
+    longest = max((len(context) - 1 + len(continuation) for _, context, continuation in queue), default=0)
+    needed = sum(len(context) - 1 for context in by_context) + sum(len(continuation) for *_, continuation in queue)
+    forward = _Forward(max(longest, min(most, needed)))
     for item in queue:
         if not forward.take(*item):
             yield forward
-            forward = _Forward(size)
+            forward = _Forward(forward.size)
             assert forward.take(*item)
     if forward.numbers:
         yield forward

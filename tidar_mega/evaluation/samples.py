@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from tidar_mega.data.stream import Stream
+from tidar_mega.data.stream import Samples
 from tidar_mega.data.tokenizer import Tokenizer
 from tidar_mega.model.attention import TrainingAttention, choose_backend
 from tidar_mega.model.inference import InferenceModel
@@ -60,11 +60,12 @@ def words(text: str) -> list[str]:
     return [match.lower() for match in _WORD.findall(text)][1:-1]
 
 
-def vocabulary(stream: Stream) -> set[str]:
+def vocabulary(stream: Samples) -> set[str]:
     """Every word of a split; `stream` has long windows."""
     found: set[str] = set()
-    for i in range(stream.samples_per_epoch):
-        found.update(words(stream.tokenizer.decode(stream.rows(i).token[0].tolist())))
+    for _, part, _ in stream.parts(1):
+        for i in range(part.samples_per_epoch):
+            found.update(words(stream.tokenizer.decode(part.rows(i).token[0].tolist())))
     return found
 
 

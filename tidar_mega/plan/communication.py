@@ -113,7 +113,7 @@ def message_bytes(layout: Layout) -> float:
 def _data_bytes(layout: Layout) -> tuple[float, float]:
     """(gradients, weights) that the fullest rank sends once in a step; a plain optimizer all-reduces the gradients."""
     p, n = layout.config.parallel, layout.shards
-    stage = max(layout.telling_stages, key=layout.parameters)
+    stage = max(layout.telling_stages, key=layout.trained)
     parameters, ring = layout.trained(stage), (n - 1) / n
     if not p.distributed_optimizer:
         return 2 * FLOAT32 * parameters * ring, 0.0

@@ -139,6 +139,7 @@ def overrides(layout: Layout) -> list[str]:
         "parallel.tensor": p.tensor,
         "parallel.sequence": str(p.sequence).lower(),
         "parallel.pipeline": p.pipeline,
+        "parallel.first_stage_layers": "null" if p.first_stage_layers is None else p.first_stage_layers,
         "parallel.last_stage_layers": "null" if p.last_stage_layers is None else p.last_stage_layers,
         "parallel.virtual_pipeline": p.virtual_pipeline,
         "parallel.context": p.context,

@@ -177,7 +177,7 @@ def _layer_waits(layout: Layout, hardware: Hardware) -> float:
 
 
 def _optimizer_seconds(layout: Layout, hardware: Hardware) -> float:
-    p, parameters = layout.config.parallel, layout.trained(0)
+    p, parameters = layout.config.parallel, max(map(layout.trained, layout.telling_stages))
     mine = parameters / (layout.shards if p.distributed_optimizer else 1)
     on_gpu = OPTIMIZER_BYTES * mine * (1 - p.optimizer_offload) + FLOAT32 * parameters  # gradients are set to 0
     on_host = OFFLOADED_BYTES * mine * p.optimizer_offload

@@ -15,8 +15,8 @@ from tidar_mega.checkpoint.base import Base
 from tidar_mega.checkpoint.state import Progress, TrainState
 from tidar_mega.checkpoint.store import CheckpointStore
 from tidar_mega.config import Config, UserError, to_tree
-from tidar_mega.data.mixture import Mixture, open_data
-from tidar_mega.data.stream import Stream
+from tidar_mega.data.mixture import open_data
+from tidar_mega.data.stream import Samples
 from tidar_mega.model import gpt
 from tidar_mega.parallel.mesh import Mesh
 from tidar_mega.train import optim
@@ -59,6 +59,7 @@ def train(
             run.save(wait=not config.checkpoint.asynchronous)
         if (signal := stop.agreed()) is not None:
             run.save()
+            run.profiler.close(progress.step)
             log.say(f"{signal}: stopped at step {progress.step}; the same command resumes here")
             log.close()
             return progress
@@ -76,8 +77,8 @@ class Run:
 
     task: Task
     state: TrainState
-    stream: Stream | Mixture
-    held_out: Stream | Mixture
+    stream: Samples
+    held_out: Samples
     checkpoints: CheckpointStore
     log: MetricsLog
     resumed_at: int
@@ -127,7 +128,7 @@ class Run:
         drawn = next(micro_batches(task, stream, 0, 1)) if mesh.is_main else None
         log.start(_describe(config, mesh, chunks, newest, state.progress, base), drawn)
         frozen = base if config.lora.rank else None
-        profiler, step = Profiler(config, mesh.rank), state.progress.step
+        profiler, step = Profiler(config, mesh), state.progress.step
         return cls(task, state, stream, held_out, checkpoints, log, step, lock, work, profiler, frozen, roll_call)
 
     def is_due(self, interval: int) -> bool:

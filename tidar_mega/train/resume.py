@@ -16,7 +16,7 @@ from tidar_mega.checkpoint.base import SHAPE, Base
 from tidar_mega.checkpoint.state import TrainState
 from tidar_mega.checkpoint.store import CheckpointError
 from tidar_mega.config import Config, LostError, UserError
-from tidar_mega.data.stream import Stream
+from tidar_mega.data.stream import Samples
 from tidar_mega.train import optim
 
 # Settings that a resume must not change: the shape of the weights and the meaning of the global sample index.
@@ -66,16 +66,22 @@ def lock_folder(folder: Path, patience_seconds: float = 0.0) -> TextIO:
     return lock
 
 
-def resume(path: Path, config: Config, stream: Stream, state: TrainState, base: Base | None = None) -> None:
+def resume(path: Path, config: Config, stream: Samples, state: TrainState, base: Base | None = None) -> None:
     """Fills `state` from the checkpoint at `path`; CheckpointError if that is damaged or of other data or shape, or
     holds adapters of another `base`."""
     meta = store.read_meta(path)
-    if meta["data_fingerprint"] != stream.fingerprint:
-        raise CheckpointError(
-            f"data.path = {config.data.path}: its index or tokenizer is not the one that {path} was trained on; "
-            "give back that corpus, or set another run_dir to start anew"
-        )
     saved = store.saved_config(meta)
+    if meta["data_fingerprint"] != stream.fingerprint:
+        was, now = (f"data.path = {c.data.path}, data.weights = {c.data.weights}" for c in (saved, config))
+        if len(config.data.folders) == len(saved.data.folders) == 1 or was == now:
+            raise CheckpointError(
+                f"data.path = {config.data.path}: its index or tokenizer is not the one that {path} was trained on; "
+                "give back that corpus, or set another run_dir to start anew"
+            )
+        raise CheckpointError(
+            f"{now}: the checkpoint {path} was made with {was}; set them back, or set another run_dir, and "
+            "train.init_from to begin with these weights"
+        )
     if saved.method != config.method:
         raise CheckpointError(
             f"method = {config.method}: the checkpoint {path} was made with {saved.method}; set it back, or set "

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from tidar_mega import device
 from tidar_mega.config import Config
-from tidar_mega.data.mixture import Mixture
-from tidar_mega.data.stream import Stream
+from tidar_mega.data.stream import Samples
 from tidar_mega.losses import DraftTerms, RowLosses, cross_entropy, draft_sums
 from tidar_mega.methods import Method, Term
 from tidar_mega.model.any_order import AnyOrderAttention
@@ -46,7 +45,7 @@ class Task:
     progress: Callable[[], None] = lambda: None  # called with each forward of a micro-batch
 
 
-def micro_batches(task: Task, stream: Stream | Mixture, first: int, count: int) -> Iterator[Rows]:
+def micro_batches(task: Task, stream: Samples, first: int, count: int) -> Iterator[Rows]:
     """This replica's rows of the global samples first..first+count-1, in micro-batches of micro_batch_size sequences.
 
     Samples go round the replicas in turn, so the batch does not depend on their number. Where they do not fill the
@@ -62,7 +61,7 @@ def micro_batches(task: Task, stream: Stream | Mixture, first: int, count: int) 
         yield rows
 
 
-def _rows(task: Task, stream: Stream | Mixture, samples: list[int]) -> Rows:
+def _rows(task: Task, stream: Samples, samples: list[int]) -> Rows:
     clean = concatenate([stream.rows(i) for i in samples], dim=0)
     return task.method.training_rows(clean, torch.tensor(samples))
 
@@ -115,16 +114,16 @@ def _means(task: Task, sums: Sums) -> dict[str, float]:
 
 
 @torch.no_grad()
-def validate(task: Task, stream: Stream | Mixture, sequences: int) -> dict[str, float]:
+def validate(task: Task, stream: Samples, sequences: int) -> dict[str, float]:
     """Mean loss of each term in nats and, for the AR rows, nats per byte, over at most `sequences` held-out ones; of
-    several folders, each has its share of these, and `loss/NAME` and `nats_per_byte/NAME` of its own."""
+    several folders, each has its share of these, one at least, and `loss/NAME` and `nats_per_byte/NAME` of its own."""
     sums: Sums = {}
     figures: dict[str, float] = {}
     parts = stream.parts(sequences)
     for chunk in task.chunks:
         chunk.eval()
     for name, part, count in parts:
-        found = _held_out(task, part, min(count, part.samples_per_epoch))
+        found = _held_out(task, part, count)
         _add(sums, found)
         if len(parts) > 1:
             own = summarise(task, found)
@@ -134,7 +133,7 @@ def validate(task: Task, stream: Stream | Mixture, sequences: int) -> dict[str, 
     return summarise(task, sums) | figures
 
 
-def _held_out(task: Task, stream: Stream, count: int) -> Sums:
+def _held_out(task: Task, stream: Samples, count: int) -> Sums:
     """Over the first `count` samples."""
     parallel = task.config.parallel
     at_once = _VALIDATED_AT_ONCE * task.config.train.micro_batch_size * task.mesh.data_size * parallel.pipeline
