@@ -18,9 +18,13 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pyarrow
 import pytest
+import torch
 import webdataset
 import zstandard
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from pyarrow import parquet
 
 from tidar_mega import cli
 from tidar_mega.data import DataError, prepare, shards
@@ -121,6 +125,85 @@ def test_jsonl_and_text_plain_and_compressed(tmp_path, suffix):
     document.write_bytes(one(text(5).encode()))
     run(tmp_path / "both", path, document, "--field", "body", "--validation-fraction", "0.5")
     assert text(5) in sum((decoded(tmp_path / "both", split) for split in shards.SPLITS), [])
+
+
+def parquet_file(path: Path, texts: list, kind=None) -> Path:
+    table = pyarrow.table({"id": range(len(texts)), "body": pyarrow.array(texts, kind)})
+    parquet.write_table(table, path, row_group_size=5)
+    return path
+
+
+@pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string(), pyarrow.binary()])
+def test_parquet(tmp_path, kind):
+    texts = [text(i).encode() for i in range(12)] + [b" ", None]
+    texts = texts if kind == pyarrow.binary() else [t and t.decode() for t in texts]
+    figures = run(tmp_path / "out", parquet_file(tmp_path / "data.parquet", texts, kind), "--field", "body")
+    train, validation = (decoded(tmp_path / "out", split) for split in shards.SPLITS)
+    assert sorted(train + validation) == sorted(text(i) for i in range(12))
+    assert figures["left_out"] == {"empty": 2, "undecodable": 0}
+
+
+def test_of_few_files_documents_are_held_out(tmp_path):
+    """By file it would be a third of the text."""
+    for name in ("a", "b"):
+        parquet_file(tmp_path / f"{name}.parquet", [text(i) + name for i in range(20)])
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"body": text(i) + "c"}) + "\n" for i in range(20)))
+    figures = run(tmp_path / "out", tmp_path, "--field", "body", "--validation-fraction", "0.1")
+    train, validation = (decoded(tmp_path / "out", split) for split in shards.SPLITS)
+    assert sorted(train + validation) == sorted(text(i) + name for i in range(20) for name in "abc")
+    assert figures["validation"]["documents"] == 6
+
+
+# Megatron's own data sets
+
+
+@pytest.fixture
+def tokenizer_folder(tmp_path) -> Path:
+    Tokenizer.train(iter([text(i) for i in range(20)]), 300).save(tmp_path / "tokenizer")
+    return tmp_path / "tokenizer"
+
+
+def megatron_dataset(prefix: Path, documents: list[list[list[int]]], dtype=np.int32) -> Path:
+    """`documents`: the sequences of each, as Megatron's own tool writes them."""
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
+    for sequences in documents:
+        builder.add_document(torch.tensor(sum(sequences, [])), [len(s) for s in sequences])
+    builder.finalize(f"{prefix}.idx")
+    return prefix
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_the_ids_of_a_megatron_dataset_are_kept(tmp_path, tokenizer_folder, dtype):
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    ids = [tokenizer.encode(text(i)) for i in range(12)]
+    documents = [[i[:7], i[7:]] if n % 2 else [[*i, tokenizer.eod]] for n, i in enumerate(ids)]
+    prefix = megatron_dataset(tmp_path / "corpus_text_document", [*documents, []], dtype)
+    figures = run(tmp_path / "out", prefix, "--tokenizer", tokenizer_folder)
+    train, validation = (decoded(tmp_path / "out", split) for split in shards.SPLITS)
+    assert sorted(train + validation) == sorted(text(i) for i in range(12))
+    assert figures["train"]["text_bytes"] == sum(len(t.encode()) for t in train)
+    assert figures["left_out"]["empty"] == 1
+    same = tmp_path / "same"  # as text of the same documents under the same names
+    for source in (f"{prefix}.bin", f"{prefix}.idx", prefix):
+        run(same, source, "--tokenizer", tokenizer_folder, "--overwrite")
+        assert decoded(same, "train") == train
+
+
+def test_a_folder_of_megatron_datasets_beside_text(tmp_path, tokenizer_folder, corpus):
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    megatron_dataset(corpus / "ids", [[tokenizer.encode(text(i))] for i in range(20, 23)])
+    run(tmp_path / "out", corpus, "--tokenizer", tokenizer_folder)
+    train, validation = (decoded(tmp_path / "out", split) for split in shards.SPLITS)
+    assert sorted(train + validation) == sorted(text(i) for i in [*range(12), *range(20, 23)])
+
+
+def test_another_index_is_another_corpus(tmp_path, tokenizer_folder):
+    ids = Tokenizer.load(tokenizer_folder).encode(text(0))
+    prefix = megatron_dataset(tmp_path / "ids", [[ids[:9]], [ids[9:20]], [ids[20:]]])
+    run(tmp_path / "out", prefix, "--tokenizer", tokenizer_folder)
+    megatron_dataset(prefix, [[ids[:5]], [ids[5:20]], [ids[20:]]])
+    with pytest.raises(DataError, match="another corpus"):
+        run(tmp_path / "out", prefix, "--tokenizer", tokenizer_folder)
 
 
 def test_a_single_text_is_cut_at_a_line(tmp_path):
@@ -407,6 +490,7 @@ BROKEN = {
     "f.txt.xz": (lzma.compress(b"text" * 999)[:-20], "f.txt.xz: damaged or truncated"),
     "g.txt.zst": (zstandard.compress(os.urandom(9999))[:-20], "g.txt.zst: damaged or truncated"),
     "h.jsonl.gz": (b"no gzip at all", "h.jsonl.gz: damaged or truncated"),
+    "i.parquet": (b"no parquet at all", "i.parquet: damaged or truncated"),
 }
 
 
@@ -416,6 +500,53 @@ def test_broken_files_are_named(corpus, tmp_path, name):
     (corpus / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         run(tmp_path / "out", corpus)
+
+
+def test_broken_parquet_files_are_named(tmp_path):
+    path = parquet_file(tmp_path / "a.parquet", [text(i).encode() for i in range(7)] + [b"a\xff"], pyarrow.binary())
+    with pytest.raises(DataError, match=r"a.parquet: no text in column 'id'; the file has id \(int64\), body"):
+        run(tmp_path / "out", path, "--field", "id")
+    with pytest.raises(DataError, match="a.parquet, row 8: invalid UTF-8 at byte 1 .0xff.*--errors"):
+        run(tmp_path / "out", path, "--field", "body")
+    skipped = run(tmp_path / "skip", path, "--field", "body", "--errors", "skip")
+    assert skipped["left_out"]["undecodable"] == 1
+    page = parquet.read_metadata(path).row_group(0).column(1).data_page_offset
+    content = bytearray(path.read_bytes())
+    content[page : page + 40] = bytes(40)
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="a.parquet: damaged or truncated"):
+        run(tmp_path / "out", path, "--field", "body")
+
+
+def test_token_ids_must_be_of_the_tokenizer(tmp_path, tokenizer_folder):
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    good = tokenizer.encode(text(0))
+    tests = {
+        "no_tokenizer": ([good], (), "it holds token ids.*--tokenizer FOLDER"),
+        "unknown": ([[*good, 300]], ("--tokenizer", tokenizer_folder), "document 1: it has the id 300, but .* has 300"),
+        "mask": ([[1, tokenizer.mask, 2]], ("--tokenizer", tokenizer_folder), f"the id {tokenizer.mask} where text"),
+        "end": ([[1, tokenizer.eod, 2]], ("--tokenizer", tokenizer_folder), f"the id {tokenizer.eod} where text"),
+    }
+    for name, (document, options, message) in tests.items():
+        prefix = megatron_dataset(tmp_path / name, [[good], document])
+        with pytest.raises(DataError, match=f"{name}.bin.*{message}"):
+            run(tmp_path / "out", prefix, *options)
+        assert not (tmp_path / "out" / "index.json").exists()
+
+
+def test_a_megatron_dataset_must_be_whole(tmp_path, tokenizer_folder):
+    ids = Tokenizer.load(tokenizer_folder).encode(text(0))
+    prefix = megatron_dataset(tmp_path / "ids", [[ids], [ids]])
+    data, index = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+    data.write_bytes(data.read_bytes()[:-4])
+    with pytest.raises(DataError, match="ids.bin: .* bytes of int32, but .* by the .idx"):
+        run(tmp_path / "out", prefix, "--tokenizer", tokenizer_folder)
+    index.write_bytes(index.read_bytes()[:30])
+    with pytest.raises(DataError, match="ids.idx: damaged or truncated"):
+        run(tmp_path / "out", prefix, "--tokenizer", tokenizer_folder)
+    index.unlink()
+    with pytest.raises(DataError, match="ids: no such file or folder"):
+        run(tmp_path / "out", prefix, "--tokenizer", tokenizer_folder)
 
 
 OPTIONS = {

@@ -1,4 +1,4 @@
-"""The documents of all sources with the split of each: by file where there are several, else inside the one file."""
+"""The documents of all sources with the split of each: by file, or by document where the files are too few."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tidar_mega.data import DataError, sources
+from tidar_mega.data import DataError, documents
+from tidar_mega.data.documents import Document
 from tidar_mega.data.sources import SourceFile
 
 TRAIN, VALIDATION = range(2)
@@ -24,25 +25,30 @@ class Corpus:
         self._fraction, self._seed = fraction, seed
         if not self._files:
             raise DataError(f"empty corpus: none of the {len(files)} source files has any text")
-        if len(self._files) > 1:
-            self._split_of_file = self._draw([f.name for f in self._files])
-        elif self._files[0].is_jsonl:
-            self._split_of_line = self._split_lines(self._files[0])
+        is_text = all(f.format == "text" for f in self._files)
+        self._is_one_text = is_text and len(self._files) == 1
+        self._is_by_file = len(self._files) > 1 and (is_text or round(fraction * len(self._files)) >= 1)
+        if not self._is_one_text:  # of two large files, half of the text would be held out
+            names = [f.name for f in self._files] if self._is_by_file else self._document_names()
+            self._splits = self._draw(names)
 
     @property
     def bytes(self) -> int:
         return sum(f.path.stat().st_size for f in self._files)
 
-    def documents(self, counts: Counter) -> Iterator[tuple[str, int, int]]:
-        """(text, split, bytes of the sources read so far); what is left out is counted."""
+    def documents(self, counts: Counter) -> Iterator[tuple[Document, int, int]]:
+        """(document, split, bytes of the sources read so far); what is left out is counted."""
         counts["empty"] += self._empty_files
-        if len(self._files) == 1:
-            yield from self._documents_of_one(self._files[0], counts)
-            return
-        before = 0
-        for file, split in zip(self._files, self._split_of_file, strict=True):
-            for text, position in sources.documents(file, counts):
-                yield text, int(split), before + position
+        before, number = 0, 0
+        for place, file in enumerate(self._files):
+            for document, position in documents.read(file, counts):
+                if self._is_one_text:
+                    train, validation = _cut(file, document, self._fraction)
+                    yield train, TRAIN, position
+                    yield validation, VALIDATION, position
+                else:
+                    yield document, int(self._splits[place if self._is_by_file else number]), before + position
+                number += 1
             before += file.path.stat().st_size
 
     def training_texts(self, limit: int) -> Iterator[str]:
@@ -55,30 +61,21 @@ class Corpus:
                 return
 
     def _training_texts(self) -> Iterator[str]:
-        if len(self._files) == 1:
+        if not self._is_by_file:
             yield from (text for text, split, _ in self.documents(Counter()) if split == TRAIN)
             return
         for i in np.argsort(self._ranks([f.name for f in self._files]), kind="stable"):
-            if self._split_of_file[i] == TRAIN:
-                yield from (text for text, _ in sources.documents(self._files[i], Counter()))
+            if self._splits[i] == TRAIN:
+                yield from (text for text, _ in documents.read(self._files[i], Counter()))
 
-    def _documents_of_one(self, file: SourceFile, counts: Counter) -> Iterator[tuple[str, int, int]]:
-        if file.is_jsonl:
-            for split, (text, position) in zip(self._split_of_line, sources.documents(file, counts), strict=True):
-                yield text, int(split), position
-            return
-        for text, position in sources.documents(file, counts):
-            train, validation = _cut(file, text, self._fraction)
-            yield train, TRAIN, position
-            yield validation, VALIDATION, position
-
-    def _split_lines(self, file: SourceFile) -> np.ndarray:
-        count = sum(1 for _ in sources.documents(file, Counter()))
-        if count < 2:
+    def _document_names(self) -> list[str]:
+        names = [f"{f.name}:{i}" for f in self._files for i, _ in enumerate(documents.read(f, Counter()))]
+        if len(names) < 2:
             raise DataError(
-                f"{file.path}: {count} documents with text, but at least 2 are needed: one to train, one to validate"
+                f"{self._files[0].path}: {len(names)} documents with text, but at least 2 are needed: one to train, "
+                "one to validate"
             )
-        return self._draw([f"{file.name}:{i}" for i in range(count)])
+        return names
 
     def _draw(self, names: list[str]) -> np.ndarray:
         """int8 split of each name: the share `fraction`, at least one and never all, is held out."""

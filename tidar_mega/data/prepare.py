@@ -28,26 +28,41 @@ import numpy as np
 
 from tidar_mega.data import DataError, shards, sources
 from tidar_mega.data.corpus import Corpus
+from tidar_mega.data.documents import Document
 from tidar_mega.data.progress import Progress
 from tidar_mega.data.sources import SourceFile
 from tidar_mega.data.spool import Spool, encode, ordered_map, write_shard
 from tidar_mega.data.tokenizer import SPECIALS_FILE, Tokenizer, check_vocab_size
 
 WORK = ".work"  # spool of encoded documents; removed at the end
-_BATCH = 1 << 20  # characters of text that a worker encodes at once
+_BATCH = 1 << 20  # characters or tokens that a worker encodes at once
 _ENCODED, _WRITTEN = 1 << 22, 1 << 28  # bytes of sources and of shards that are worth another process
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("sources", nargs="+", metavar="SOURCE", help="folder, text or .jsonl file (.gz .xz .zst too), or `stdlib`")
+    add(
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help="folder, text or .jsonl file (.gz .xz .zst too), .parquet, Megatron's .bin with .idx, or `stdlib`",
+    )
     add("--output", required=True, type=Path, metavar="DIR", help="where the prepared folder goes")
     add("--vocab-size", type=int, default=4096, help="entries of a new tokenizer, at least 259 (default 4096)")
     add("--tokenizer", type=Path, metavar="FOLDER", help="an existing tokenizer (Hugging Face files) instead")
     add("--tokenizer-sample", default="128MB", metavar="SIZE", help="text that trains a new tokenizer (default 128MB)")
-    add("--validation-fraction", type=float, default=0.05, help="of the files; of one .jsonl's lines (default 0.05)")
-    add("--field", default="text", help="field of a .jsonl line that holds the text (default text)")
+    add(
+        "--validation-fraction",
+        type=float,
+        default=0.05,
+        help="of the files; of the documents where that is less than one file (default 0.05)",
+    )
+    add(
+        "--field",
+        default="text",
+        help="field of .jsonl lines or column of .parquet files that holds the text (default text)",
+    )
     add("--exclude", action="append", default=[], metavar="PATTERN", help="leave out such files (repeatable)")
     add("--errors", choices=sources.ERRORS, default="strict", help="what to do with invalid UTF-8 (default strict)")
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
@@ -62,6 +77,7 @@ def run(args: argparse.Namespace) -> dict:
     settings = _check(args)
     try:
         files = sources.find(args.sources, args.exclude, args.errors, args.field, args.output)
+        _check_formats(files, args.tokenizer)
         args.output.mkdir(parents=True, exist_ok=True)
         with _lock(args.output):
             job = Job(args.output, settings, files, args.workers, args.tokenizer)
@@ -107,6 +123,14 @@ def _check(args: argparse.Namespace) -> Settings:
         _size(args.shard_size, "--shard-size"),
         args.seed,
     )
+
+
+def _check_formats(files: list[SourceFile], tokenizer: Path | None) -> None:
+    encoded = next((f for f in files if f.format == "megatron"), None)
+    if encoded and tokenizer is None:
+        raise DataError(
+            f"{encoded.path}: it holds token ids: name the tokenizer that made them with --tokenizer FOLDER"
+        )
 
 
 def _size(text: str, option: str) -> int:
@@ -171,12 +195,13 @@ class Job:
 
     def _request(self) -> dict:
         """The settings, and the content of every source."""
-        sizes = [f.path.stat().st_size for f in self.files]
+        parts = [(*part, file.errors) for file in self.files for part in file.parts]
+        sizes = [path.stat().st_size for _, path, _ in parts]
         entries = []
         with Progress("reading the sources", sum(sizes), "B") as progress, ThreadPoolExecutor(self.workers) as pool:
-            digests = pool.map(lambda f: shards.sha256(f.path), self.files)
-            for file, size, digest in zip(self.files, sizes, digests, strict=True):
-                entries.append({"name": file.name, "bytes": size, "sha256": digest, "errors": file.errors})
+            digests = pool.map(shards.sha256, (path for _, path, _ in parts))
+            for (name, _, errors), size, digest in zip(parts, sizes, digests, strict=True):
+                entries.append({"name": name, "bytes": size, "sha256": digest, "errors": errors})
                 progress.advance(size)
         return {"version": shards.VERSION, "settings": asdict(self.settings), "sources": entries}
 
@@ -235,9 +260,9 @@ class Job:
         notes: deque[tuple[list[int], int]] = deque()  # what the workers need not know of each batch
 
         def work() -> Iterator[tuple]:
-            for texts, splits, position in _batches(corpus.documents(counts)):
+            for documents, splits, position in _batches(corpus.documents(counts)):
                 notes.append((splits, position))
-                yield dtype, texts
+                yield dtype, documents
 
         before = 0
         load = partial(Tokenizer.load, folder)
@@ -291,18 +316,18 @@ def _counted(texts: Iterator[str], progress: Progress) -> Iterator[str]:
         yield text
 
 
-def _batches(documents: Iterator[tuple[str, int, int]]) -> Iterator[tuple[list[str], list[int], int]]:
-    """(texts, splits, bytes of the sources read so far), about `_BATCH` characters at once."""
-    texts, splits, size, position = [], [], 0, 0
-    for text, split, position in documents:
-        texts.append(text)
+def _batches(documents: Iterator[tuple[Document, int, int]]) -> Iterator[tuple[list[Document], list[int], int]]:
+    """(documents, splits, bytes of the sources read so far), about `_BATCH` characters or tokens at once."""
+    batch, splits, size, position = [], [], 0, 0
+    for document, split, position in documents:
+        batch.append(document)
         splits.append(split)
-        size += len(text)
+        size += len(document)
         if size >= _BATCH:
-            yield texts, splits, position
-            texts, splits, size = [], [], 0
-    if texts:
-        yield texts, splits, position
+            yield batch, splits, position
+            batch, splits, size = [], [], 0
+    if batch:
+        yield batch, splits, position
 
 
 def _shard_work(folder: Path, documents: np.ndarray, layout: shards.Layout) -> Iterator[tuple]:

@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from tidar_mega.data import shards
+from tidar_mega.data import DataError, shards
+from tidar_mega.data.documents import Document, Tokens
 from tidar_mega.data.tokenizer import Tokenizer
 
 _IDS, _DOCUMENTS, _WHOLE = "ids.bin", "documents.npy", "whole"
@@ -71,10 +72,40 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def encode(tokenizer: Tokenizer, dtype: np.dtype, texts: list[str]) -> tuple[bytes, list[int], list[int]]:
-    """(ids of all texts, each ended by end-of-document; tokens per text; UTF-8 bytes per text)."""
-    documents = [np.array([*ids, tokenizer.eod], dtype=dtype) for ids in tokenizer.encode_batch(texts)]
-    return np.concatenate(documents).tobytes(), [len(d) for d in documents], [len(t.encode("utf-8")) for t in texts]
+def encode(tokenizer: Tokenizer, dtype: np.dtype, documents: list[Document]) -> tuple[bytes, list[int], list[int]]:
+    """(ids of all documents, each ended by end-of-document; tokens per document; UTF-8 bytes per document).
+
+    Raises DataError for token ids that are not of this tokenizer.
+    """
+    texts = iter(tokenizer.encode_batch([d for d in documents if isinstance(d, str)]))
+    ids = [next(texts) if isinstance(d, str) else _checked(tokenizer, d) for d in documents]
+    arrays = [np.array([*i, tokenizer.eod], dtype=dtype) for i in ids]
+    sizes = [
+        len(d.encode("utf-8")) if isinstance(d, str) else int(tokenizer.token_bytes[i].sum())
+        for d, i in zip(documents, ids, strict=True)
+    ]
+    return np.concatenate(arrays).tobytes(), [len(a) for a in arrays], sizes
+
+
+def _checked(tokenizer: Tokenizer, document: Tokens) -> np.ndarray:
+    """The ids of the text alone, without the end-of-document tokens that may stand around it."""
+    ids = document.ids
+    unknown = ids[(ids < 0) | (ids >= tokenizer.vocab_size)]
+    if len(unknown):
+        raise DataError(
+            f"{document.where}: it has the id {unknown[0]}, but the tokenizer of --tokenizer has "
+            f"{tokenizer.vocab_size}: give the one that made these ids"
+        )
+    text = np.flatnonzero(ids != tokenizer.eod)
+    ids = ids[text[0] : text[-1] + 1] if len(text) else ids[:0]
+    reserved = ids[np.isin(ids, (tokenizer.eod, tokenizer.pad, tokenizer.mask))]
+    if len(reserved):
+        raise DataError(
+            f"{document.where}: it has the id {reserved[0]} where text should be, which the tokenizer of --tokenizer "
+            "keeps for the end of a document, padding or the mask: give the one that made these ids, with the "
+            "eos_token, pad_token and mask_token that are meant so"
+        )
+    return ids
 
 
 class Spool:
