@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -79,8 +80,8 @@ def one_step(rank: int, config: config_module.Config) -> dict:
     task = Task(config, mesh, method, [model], TOKEN_BYTES)
     sums = accumulate_gradients(task, list(micro_batches(task, Text, 0, SEQUENCES)))
     gradients = {n: p.main_grad.clone() for n, p in model.module.named_parameters()}
-    norm, applied = optim.update(optimizer, clip=0.0)
-    assert applied
+    norm = optim.update(optimizer, clip=0.0)
+    assert math.isfinite(norm)
     if config.parallel.overlap_param_gather:  # else the next forward gathers
         model.start_param_sync(force_sync=True)
     after = {n: p.detach().clone() for n, p in model.module.named_parameters()}

@@ -64,7 +64,7 @@ class Trainer:
             progress = self.state.progress
             batch = list(micro_batches(self.task, Text, progress.samples, SEQUENCES))
             loss = summarise(self.task, accumulate_gradients(self.task, batch))["loss"]
-            norm, _ = optim.update(self.state.optimizer, self.config.optimizer.clip_grad)
+            norm = optim.update(self.state.optimizer, self.config.optimizer.clip_grad)
             self.state.scheduler.step(1)
             progress.step += 1
             progress.samples += SEQUENCES
@@ -87,7 +87,7 @@ class Trainer:
     def load(self, path: Path) -> None:
         from tidar_mega.checkpoint import state
 
-        same = store.saved_config(store.read_meta(path)).parallel == self.config.parallel
+        same = store.saved_config(path, store.read_meta(path)).parallel == self.config.parallel
         state.restore(self.state, store.load(path, state.template(self.state, same)))
 
     @property
@@ -728,6 +728,30 @@ def test_a_half_deleted_checkpoint_gives_way_to_the_new_one_of_its_step(folder):
     assert names(folder) == ["step_00000001", "step_00000002"] and not (half / "__1_0.distcp").exists()
     with pytest.raises(AssertionError, match="never written again"):
         checkpoints._publish(draft_of(folder, 2))
+
+
+def test_a_copy_that_somebody_keeps_is_no_checkpoint_of_the_run(folder):
+    checkpoints = CheckpointStore(folder / "checkpoints", keep_last=1)
+    checkpoints._publish(draft_of(folder, 1))
+    for name in ("step_00000001.best", "step_00000001_backup"):
+        shutil.copytree(folder / "checkpoints" / "step_00000001", folder / "checkpoints" / name)
+    assert checkpoints.newest().name == "step_00000001"
+    checkpoints._publish(draft_of(folder, 2))
+    assert names(folder) == ["step_00000001.best", "step_00000001_backup", "step_00000002"]
+
+
+def test_steps_of_more_digits_are_newer(folder):
+    checkpoints = CheckpointStore(folder / "checkpoints", keep_last=2)
+    for step in (99_999_999, 100_000_000):
+        checkpoints._publish(draft_of(folder, step))
+    assert [p.name for p in checkpoints.published()] == ["step_99999999", "step_100000000"]
+
+
+def test_settings_of_another_version_name_the_checkpoint(copy):
+    meta = store.read_meta(copy)
+    meta["config"]["train"]["unheard_of"] = 1
+    with pytest.raises(CheckpointError, match=rf"{copy}/meta.json: it has settings of another version.*unheard_of"):
+        store.saved_config(copy, meta)
 
 
 def test_weights_that_a_model_keeps_in_fp8_are_read_in_high_precision(tmp_path, monkeypatch):

@@ -206,6 +206,30 @@ def test_a_survey_tells_who_is_silent_and_who_is_behind(ranks):
     )
 
 
+def test_a_rank_that_waits_for_one_at_work_is_not_stuck(tmp_path, monkeypatch):
+    """As when one rank reads its part of a checkpoint longer than the others."""
+    monkeypatch.setattr(roll_call, "PERIOD_SECONDS", 0.1)
+    monkeypatch.setattr(roll_call, "SURVEY_SECONDS", 0.5)
+    ended = []
+    monkeypatch.setattr(roll_call.os, "_exit", ended.append)
+    started = [RollCall(rank, 2, lambda: FileStore(str(tmp_path / "store"), 2), 1.0) for rank in range(2)]
+    at_the_same_place(started, 0, "reading the newest checkpoint")
+    (tmp_path / "file").write_bytes(bytes(1 << 20))
+    with started[1].reading():
+        deadline = time.monotonic() + 4
+        while time.monotonic() < deadline:
+            for _ in range(2):
+                (tmp_path / "file").read_bytes()
+            time.sleep(0.05)
+        assert not any(rank._note for rank in started)
+    while time.monotonic() < deadline + 10 and not all(rank._note for rank in started):
+        time.sleep(0.1)
+    assert "no progress for 0.0166667 minutes" in started[0]._note.text  # once nobody works
+    for rank in started:
+        rank.ending = True
+        rank.stop()
+
+
 def test_the_first_note_is_the_one_that_all_see(ranks):
     for rank in ranks:
         rank.ending = True
@@ -223,6 +247,33 @@ def test_no_answer_of_the_store_is_no_answer(monkeypatch):
     lost = RollCall(1, 2, nobody)
     assert lost.ask() is None
     assert lost.leave(1, "alone") == Note(1, 1, "alone")
+
+
+DONE = """
+import atexit, sys
+import torch.distributed as dist
+from tidar_mega import cli
+
+class Last:
+    def __del__(self):
+        print("taken down")
+
+last = Last()
+def main():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    atexit.register(print, "at exit")
+    return int(sys.argv[1])
+
+cli.main = main
+cli.entry_point()
+"""
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_rank_that_is_done_ends_without_taking_python_down(code):
+    """A thread of gloo that lets go of a tensor meanwhile would end the process by SIGABRT."""
+    done = subprocess.run([sys.executable, "-c", DONE, str(code)], env=os.environ, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (code, "at exit\n")
 
 
 def test_health_and_roll_call_import_no_torch():

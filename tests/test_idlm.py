@@ -3,6 +3,7 @@ introspective strided decoding against plain AR decoding."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,19 @@ import torch.nn.functional as F
 from tests import processes
 from tests.plain_tidar import PlainTidar
 from tests.plain_tidar import mask as tidar_mask
-from tests.steps import IN_TWO, LENGTH, MASK, SEQUENCES, assert_gradients, assert_same_step, one_steps, settings
+from tests.steps import (
+    IN_TWO,
+    LENGTH,
+    MASK,
+    SEQUENCES,
+    TOKEN_BYTES,
+    VOCAB,
+    Text,
+    assert_gradients,
+    assert_same_step,
+    one_steps,
+    settings,
+)
 from tests.steps import text as documents
 from tests.test_decode import Bytes, prompts, text, tiny_config, world  # noqa: F401
 from tests.test_decode import clean_rows as rows_of_text
@@ -174,6 +187,28 @@ def test_a_step_equals_the_plain_model(losses, backend, alone):
 def test_every_layout_equals_one_process(layout, variant, alone, in_layouts):
     results, expected = [result[layout, variant] for result in in_layouts], alone[variant]
     assert_same_step(results, expected, IN_TWO[layout])
+
+
+def step_with_a_nan(rank: int) -> tuple[float, float]:
+    """Loss and gradient norm of a balanced step of a model with a NaN in it."""
+    from tidar_mega.train import optim
+    from tidar_mega.train.step import Task, accumulate_gradients, micro_batches, summarise
+
+    config = idlm({"balance_clean": True, "micro_batch_size": 1})
+    mesh = build_mesh(config)
+    chunks = optim.wrap(config, build(config, VOCAB))
+    with torch.no_grad():
+        next(chunks[0].module.parameters())[0, 0] = float("nan")
+    optimizer = optim.build_optimizer(config, chunks)
+    task = Task(config, mesh, methods.load(config, MASK), chunks, TOKEN_BYTES)
+    sums = accumulate_gradients(task, list(micro_batches(task, Text, 0, SEQUENCES)))
+    return summarise(task, sums)["loss"], optim.update(optimizer, clip=1.0)
+
+
+@pytest.mark.distributed
+def test_a_balanced_step_that_is_not_finite_is_one_to_skip():
+    ((loss, norm),) = processes.run(step_with_a_nan, 1)
+    assert math.isnan(loss) and math.isnan(norm)
 
 
 def test_a_balanced_loss_needs_the_method_that_has_it():

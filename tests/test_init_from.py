@@ -205,10 +205,10 @@ def test_a_tokenizer_of_other_tokens_is_refused(folder, begun, tmp_path):
     other = tmp_path / "tokenizer"
     shutil.copytree(checkpoint / "tokenizer", other)
     model = (other / "tokenizer.json").read_text()
-    base_module._check(checkpoint, meta, store.saved_config(meta), meta["vocab_size"], other)
+    base_module._check(checkpoint, meta, store.saved_config(checkpoint, meta), meta["vocab_size"], other)
     (other / "tokenizer.json").write_text(model.replace('"merges":', '"merges_of_others":', 1))
     with pytest.raises(CheckpointError, match="its tokenizer .* is not that of data.path"):
-        base_module._check(checkpoint, meta, store.saved_config(meta), meta["vocab_size"], other)
+        base_module._check(checkpoint, meta, store.saved_config(checkpoint, meta), meta["vocab_size"], other)
 
 
 def test_a_fingerprint_is_that_of_the_files(folder, begun, tmp_path):

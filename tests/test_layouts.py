@@ -7,6 +7,7 @@ norms agree within `LOSS` of their size and each gradient of the first step with
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,8 +101,8 @@ class Trainer:
         batch = list(micro_batches(self.task, self.stream, progress.samples, count))
         figures = summarise(self.task, accumulate_gradients(self.task, batch))
         self.gradients = self._gradients() if progress.step == 0 else None
-        norm, applied = optim.update(self.state.optimizer, self.config.optimizer.clip_grad)
-        assert applied
+        norm = optim.update(self.state.optimizer, self.config.optimizer.clip_grad)
+        assert math.isfinite(norm)
         self.state.scheduler.step(1)
         progress.step += 1
         progress.samples += count
@@ -267,7 +268,8 @@ def save_and_go_on(rank: int, config: config_module.Config, folder: Path):
     }
     checkpoints = CheckpointStore(folder, keep_last=2)
     tokenizer = trainer.stream.tokenizer_folder
-    path = checkpoints.save(trainer.mesh, 5, state.sharded(trainer.state), meta, tokenizer, 0)
+    checkpoints.begin(trainer.mesh, 5, state.sharded(trainer.state), meta, tokenizer, 0)
+    path = checkpoints.finish(trainer.mesh, wait=True)
     return path, [trainer.step() for _ in range(5)]
 
 
@@ -275,7 +277,7 @@ def load_and_go_on(rank: int, config: config_module.Config, path: Path):
     from tidar_mega.train.resume import resume
 
     trainer = Trainer(config)
-    resume(path, config, trainer.stream, trainer.state)
+    resume(path, config, trainer.mesh, trainer.stream, trainer.state)
     return [trainer.step() for _ in range(5)]
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import importlib
 import os
 import sys
 import warnings
 from pathlib import Path
+from typing import NoReturn
 
 from tidar_mega import config as config_module
 from tidar_mega.arguments import STDOUT, add_json, check_file, file, write_json
@@ -16,6 +18,22 @@ from tidar_mega.config import Config, UserError
 
 # What megatron-core and torch say at import and inside their own calls, on every rank; `tidar doctor` says it once.
 _THEIR_WARNINGS = r"(megatron|torch)\."
+
+
+def entry_point() -> NoReturn:
+    """The command `tidar`: `main`, then the end of this process."""
+    code = main()
+    dist = sys.modules.get("torch.distributed")
+    if dist is None or not dist.is_initialized():
+        sys.exit(code)
+    # Threads of a group outlive `destroy_process_group` where megatron still holds the group. One that lets go of a
+    # tensor while Python is taken down ends the process by SIGABRT, and work that was done would look failed.
+    if code == 0:
+        dist.destroy_process_group()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -179,7 +197,6 @@ def _pretrain_worker(config: Config) -> int:
         patience = 30 * config.parallel.timeout_minutes if launch.restart_count() else 0.0
         progress = train(config, mesh, stop, roll_call, patience)
     stop.ignore()
-    dist.destroy_process_group()
     return launch.conclude(config, progress.step) if rank == 0 else 0
 
 
@@ -363,4 +380,4 @@ _BENCHES = {  # whether of a checkpoint, and what for
 }
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry_point()

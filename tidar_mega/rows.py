@@ -77,7 +77,7 @@ def move(x: Tensor, device: torch.device | str) -> Tensor:
     """`x` on the device, without waiting for what that has still to do: from memory that cannot be paged out, as the
     copy from any other begins with such a wait."""
     if torch.device(device).type == "cuda" and x.device.type == "cpu":
-        x = x.pin_memory()
+        x = x.contiguous().pin_memory()  # which cannot copy an expanded tensor
     return x.to(device, non_blocking=True)
 
 

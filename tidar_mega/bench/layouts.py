@@ -141,7 +141,6 @@ def _work(args: argparse.Namespace, layout: tuple) -> dict:
     report = {"seconds": seconds, "communication": float(share) / mesh.world_size}
     if mesh.is_main:
         args.report.write_text(json.dumps(report))
-    dist.destroy_process_group()
     return report
 
 

@@ -27,7 +27,7 @@ SHAPE = (
     "ffn_hidden_size",
     "num_attention_heads",
     "num_query_groups",
-    "kv_channels",
+    "head_width",
     "qk_layernorm",
     "add_qkv_bias",
     "tie_embeddings",
@@ -67,13 +67,13 @@ class Base:
         """What a checkpoint of adapters says of its base."""
         return {"path": str(self.path), "fingerprint": self.fingerprint}
 
-    def load(self, chunks: list[HybridGPT], config: Config, vocab_size: int, tokenizer: Path) -> None:
+    def load(self, chunks: list[HybridGPT], config: Config, mesh: Mesh, vocab_size: int, tokenizer: Path) -> None:
         """Collective. Puts the checkpoint's weights into the chunks of this rank. Raises CheckpointError if its shape
         or its tokenizer is not theirs."""
         if hugging_face.is_model(self.path):
             loaded = self._load_hugging_face(chunks, config, tokenizer)
         else:
-            loaded = self._load_checkpoint(chunks, config, vocab_size, tokenizer)
+            loaded = self._load_checkpoint(chunks, config, mesh, vocab_size, tokenizer)
         for i, chunk in enumerate(chunks):
             weights = loaded[f"model{i}"]
             state.fill(chunk, weights)
@@ -81,10 +81,12 @@ class Base:
                 if name in weights:  # one that is kept in FP8 also remembers what its float32 copy is made from
                     set_weight(weight, weights[name])
 
-    def _load_checkpoint(self, chunks: list[HybridGPT], config: Config, vocab_size: int, tokenizer: Path) -> dict:
-        meta = store.read_meta(self.path)
+    def _load_checkpoint(
+        self, chunks: list[HybridGPT], config: Config, mesh: Mesh, vocab_size: int, tokenizer: Path
+    ) -> dict:
+        meta = store.shared_meta(self.path, mesh)
         _check(self.path, meta, config, vocab_size, tokenizer)
-        saved = store.saved_config(meta)
+        saved = store.saved_config(self.path, meta)
         if saved.lora.rank:
             raise CheckpointError(
                 f"train.init_from = {self.path}: holds only adapters, over {meta['base']['path']}; begin from that one"
@@ -94,7 +96,7 @@ class Base:
     def _load_hugging_face(self, chunks: list[HybridGPT], config: Config, tokenizer: Path) -> dict:
         model = hugging_face.Model(self.path)
         for name, was in model.shape.items():
-            _require_same(self.path, name.replace("head_width", "kv_channels"), was, getattr(config.model, name))
+            _require_same(self.path, name, was, getattr(config.model, name))
         if _tokens(self.path) != _tokens(tokenizer):
             raise CheckpointError(
                 f"train.init_from = {self.path}: its tokenizer is not that of data.path; {_PREPARE} {self.path}"
@@ -113,12 +115,12 @@ class Base:
 
 def _path(config: Config, adapters: Path | None) -> Path:
     meta = {} if adapters is None else store.read_meta(adapters)
-    is_same = "base" in meta and store.saved_config(meta).train.init_from == config.train.init_from
+    is_same = "base" in meta and store.saved_config(adapters, meta).train.init_from == config.train.init_from
     return Path(meta["base"]["path"] if is_same else config.train.init_from)
 
 
 def _check(path: Path, meta: dict, config: Config, vocab_size: int, tokenizer: Path) -> None:
-    saved = store.saved_config(meta)
+    saved = store.saved_config(path, meta)
     for name in SHAPE:
         _require_same(path, name, getattr(saved.model, name), getattr(config.model, name))
     if meta["vocab_size"] != vocab_size or _tokens(path / "tokenizer") != _tokens(tokenizer):
@@ -128,10 +130,15 @@ def _check(path: Path, meta: dict, config: Config, vocab_size: int, tokenizer: P
         )
 
 
+def setting(name: str) -> str:
+    """The setting of a name in SHAPE."""
+    return {"head_width": "kv_channels"}.get(name, name)
+
+
 def _require_same(path: Path, name: str, was: object, now: object) -> None:
     if was != now:
         raise CheckpointError(
-            f"model.{name} = {now}: train.init_from = {path} was made with {was}; "
+            f"model.{setting(name)} = {now}: train.init_from = {path} was made with {was}; "
             "set it to that, or begin from another checkpoint"
         )
 

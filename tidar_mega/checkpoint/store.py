@@ -12,6 +12,7 @@ import functools
 import inspect
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -61,7 +62,9 @@ class CheckpointStore:
         self._draft: _Draft | None = None
 
     def published(self) -> list[Path]:
-        return sorted(p for p in self.folder.glob("step_*") if (p / _META).is_file())
+        """Those of this run, oldest first; a copy that somebody keeps beside them has another name."""
+        ours = (p for p in self.folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", p.name))
+        return sorted((p for p in ours if (p / _META).is_file()), key=lambda p: int(p.name.removeprefix("step_")))
 
     def newest(self) -> Path | None:
         return next(reversed(self.published()), None)
@@ -69,19 +72,11 @@ class CheckpointStore:
     def open(self, mesh: Mesh) -> Path | None:
         """Collective. The newest checkpoint as the main rank sees it, to go on from: folders that are shared over a
         network do not show the same to every rank at once."""
-        box = [self.newest() if mesh.is_main else None]
-        dist.broadcast_object_list(box, src=0)
-        self.latest = box[0]
+        self.latest = mesh.same(self.newest() if mesh.is_main else None)
         return self.latest
 
     def path(self, step: int) -> Path:
         return self.folder / f"step_{step:08d}"
-
-    def save(self, mesh: Mesh, step: int, parts: dict, meta: dict, tokenizer: Path, size: int) -> Path:
-        """Collective. As `begin`, and waits until the checkpoint is published."""
-        self.begin(mesh, step, parts, meta, tokenizer, size)
-        self.finish(mesh, wait=True)
-        return self.path(step)
 
     def begin(self, mesh: Mesh, step: int, parts: dict, meta: dict, tokenizer: Path, size: int) -> None:
         """Collective. Starts to write `parts` (of `state.sharded`, about `size` bytes), which may change on return.
@@ -187,17 +182,25 @@ def resolve(path: Path) -> Path:
     raise CheckpointError(f"{path}: no checkpoint there; give a run folder or one of its checkpoints/step_* folders")
 
 
+def shared_meta(path: Path, mesh: Mesh) -> dict:
+    """Collective. What `read_meta` gives the main rank: the files are as many as the ranks, too many for each to ask
+    for."""
+    return mesh.same(mesh.on_main(lambda: read_meta(path)))
+
+
 def read_meta(path: Path) -> dict:
     """`meta.json`, after every file that it lists was found with its size. Raises CheckpointError, or LostError where
     the storage does not answer."""
     try:
-        return _read_meta(path)
+        meta = _parse_meta(path)
+        _check_files(path, meta["files"])
+        return meta
     except OSError as error:
         said = f"{error.filename or path}: cannot be read ({error.strerror})"
         raise storage_error(error, CheckpointError, said, _READABLE) from None
 
 
-def _read_meta(path: Path) -> dict:
+def _parse_meta(path: Path) -> dict:
     try:
         meta = json.loads((path / _META).read_text())
         files = meta["files"]
@@ -211,13 +214,16 @@ def _read_meta(path: Path) -> dict:
             f"{path}: written with a newer megatron-core than {version('megatron-core')}, which looks for a common.pt "
             "there; install megatron-core 0.19 (Python 3.12), which reads both kinds"
         )
-    for name, size in files.items():
+    return meta
+
+
+def _check_files(path: Path, sizes: dict[str, int]) -> None:
+    for name, size in sizes.items():
         file = path / name
         found = file.stat().st_size if file.is_file() else None
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes instead of {size}"
             raise CheckpointError(f"{file}: {state}; {_WAY_OUT}")
-    return meta
 
 
 def load(path: Path, parts: dict) -> dict:
@@ -230,7 +236,7 @@ def load(path: Path, parts: dict) -> dict:
     """
     try:
         if _match(path, parts):
-            for name in changed_files(path, read_meta(path).get("crc32", {})):  # none from before they were kept
+            for name in changed_files(path, _parse_meta(path).get("crc32", {})):  # none from before they were kept
                 raise CheckpointError(f"{path / name}: not what was written there, its checksum is another; {_WAY_OUT}")
         with torch.no_grad():  # else megatron-core 0.19 reads into the FP8 weights themselves, piece by piece
             force_all_tensors_to_non_fp8(parts)
@@ -288,8 +294,12 @@ def _some(keys: set[str], most: int = 3) -> str:
     return f"{len(keys)} ({named}{', ...' if len(keys) > most else ''})" if keys else "none"
 
 
-def saved_config(meta: dict) -> Config:
-    return config_module.from_tree(meta["config"])
+def saved_config(path: Path, meta: dict) -> Config:
+    """The settings that the checkpoint at `path` was made with. Raises CheckpointError."""
+    try:
+        return config_module.from_tree(meta["config"])
+    except config_module.ConfigError as error:
+        raise CheckpointError(f"{path / _META}: it has settings of another version of tidar_mega: {error}") from None
 
 
 _WAY_OUT = "the folder is damaged: delete it to go on from the checkpoint before it"

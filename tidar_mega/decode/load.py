@@ -89,7 +89,8 @@ def saved(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> tupl
     """The newest checkpoint of a run folder, or the given one, and its settings with `overrides`. Raises
     CheckpointError or ConfigError."""
     checkpoint = store.resolve(Path(path))
-    return checkpoint, config_module.override(store.saved_config(store.read_meta(checkpoint)), overrides)
+    meta = store.read_meta(checkpoint)
+    return checkpoint, config_module.override(store.saved_config(checkpoint, meta), overrides)
 
 
 def sizes(config: Config) -> dict[str, int]:
@@ -139,12 +140,12 @@ def load_engine(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 def load_model(checkpoint: Path, config: Config, mesh: Mesh) -> HybridGPT:
     """This rank's part of the saved weights, in the layout and precision that `config` says. Adapters come over their
     base, which `train.init_from` names."""
-    meta = store.read_meta(checkpoint)
-    (model,) = gpt.build(config, meta["vocab_size"], training=False)
+    meta = store.shared_meta(checkpoint, mesh)
+    (model,) = gpt.build(config, meta["vocab_size"], training=False, draw=False)
     if config.lora.rank:
         base = Base.find(config, mesh, checkpoint)
         base.check_adapters(checkpoint, meta)
-        base.load([model], config, meta["vocab_size"], checkpoint / "tokenizer")
+        base.load([model], config, mesh, meta["vocab_size"], checkpoint / "tokenizer")
     fill(model, store.load(checkpoint, sharded_weights(model))["model"])
     return model
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -161,15 +162,23 @@ class MultiTokenGPT(HybridGPT):
         )
 
 
-def build(config: Config, vocab_size: int, training: bool = True) -> list[HybridGPT]:
+def build(
+    config: Config,
+    vocab_size: int,
+    training: bool = True,
+    draw: bool = True,
+    progress: Callable[[], None] = lambda: None,
+) -> list[HybridGPT]:
     """This rank's part of the model, in `precision.dtype`, on its device: one chunk for each virtual pipeline stage.
 
-    Needs megatron's groups to be initialised. The weights are a function of train.seed alone, equal for every layout.
+    Needs megatron's groups to be initialised. The weights are a function of train.seed alone, equal for every layout;
+    without `draw`, for a model that is loaded next, matrices are zero. `progress` is called with each that is drawn.
     """
     shape = transformer_config(config, training)
     parts = config.parallel.virtual_pipeline
     chunks = [_chunk(config, shape, vocab_size, part if parts > 1 else None) for part in range(parts)]
-    initialise(chunks, config.train.seed)
+    if draw:
+        initialise(chunks, config.train.seed, progress)
     if config.lora.rank:
         for chunk in chunks:
             lora.freeze(chunk)
@@ -199,28 +208,34 @@ def _chunk(config: Config, shape: TransformerConfig, vocab_size: int, vp_stage: 
 
 
 @torch.no_grad()
-def initialise(chunks: list[HybridGPT], seed: int) -> None:
+def initialise(chunks: list[HybridGPT], seed: int, progress: Callable[[], None]) -> None:
     """Draws every weight matrix from (seed, its name in the whole model) and keeps this tensor-parallel rank's part.
 
-    Megatron draws in the order of construction, which depends on the pipeline layout; biases and norms keep the
+    Megatron would draw in the order of construction, which depends on the pipeline layout; biases and norms keep the
     constants that it gives them.
     """
+    for name, weight, chunk in _matrices(chunks):
+        progress()
+        (_draw_adapter if lora.is_adapter(name) else _draw)(weight, chunk, seed, name)
+
+
+def _matrices(chunks: list[HybridGPT]) -> Iterator[tuple[str, Tensor, HybridGPT]]:
+    """(name in the whole model, weight, its chunk)"""
     for chunk in chunks:
         if chunk.pre_process or chunk.mtp_process:  # the depths of multi-token prediction have the embedding, too
-            _draw(chunk.embedding.word_embeddings.weight, chunk, seed, "word_embeddings")
+            yield "word_embeddings", chunk.embedding.word_embeddings.weight, chunk
         if chunk.post_process:
-            name = "word_embeddings" if chunk.share_embeddings_and_output_weights else "output_layer"
-            _draw(chunk.head_weight, chunk, seed, name)
+            is_tied = chunk.share_embeddings_and_output_weights
+            yield "word_embeddings" if is_tied else "output_layer", chunk.head_weight, chunk
         for layer in chunk.decoder.layers:
             for name, weight in layer.named_parameters():
                 if weight.dim() == 2:
-                    draw = _draw_adapter if lora.is_adapter(name) else _draw
-                    draw(weight, chunk, seed, f"layer {layer.layer_number} {name}")
+                    yield f"layer {layer.layer_number} {name}", weight, chunk
         for depth in chunk.mtp.layers if chunk.mtp_process else ():
             for name, weight in depth.named_parameters():
                 if weight.dim() == 2:
                     name = name.replace("mtp_model_layer", "transformer_layer")  # as until megatron-core 0.16
-                    _draw(weight, chunk, seed, f"depth {depth.layer_number} {name}")
+                    yield f"depth {depth.layer_number} {name}", weight, chunk
 
 
 def _draw(weight: Tensor, chunk: HybridGPT, seed: int, name: str) -> None:

@@ -68,6 +68,10 @@ def _shape(config: Config) -> dict:
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "init_method_std": m.init_std,
+        # drawn by gpt.py, or loaded
+        "init_method": torch.nn.init.zeros_,
+        "output_layer_init_method": torch.nn.init.zeros_,
+        "embedding_init_method": torch.nn.init.zeros_,
         # megatron keeps layers of one kind as one tensor on disk, and the causal layer is of another
         "hetereogenous_dist_checkpoint": config.traits.has_causal_block,
         "mtp_num_layers": m.mtp_num_layers if config.traits.has_depths else None,

@@ -66,6 +66,8 @@ class Part:
     def to(self, device: torch.device | str) -> Part:
         rows = self.rows.to(device)
         keys = rows if self.keys is self.rows else self.keys.to(device)
+        if self.group is None:  # nobody asks for the places on the device
+            return replace(self, rows=rows, keys=keys)
         return replace(self, rows=rows, keys=keys, places=move(self.places, device))
 
 
@@ -121,7 +123,8 @@ def split_copies(rows: Rows, group: dist.ProcessGroup | None, count: int, multip
 
 def copies(part: Part, count: int) -> list[Part]:
     """The parts of S places each that `split_copies` has put together; keys of all travel alike."""
-    rows, keys, size = part.rows.shape[1] // count, part.keys.shape[1] // count, int(part.places.max() + 1) // count
+    rows, keys = part.rows.shape[1] // count, part.keys.shape[1] // count
+    size = rows if part.group is None else part.clean * part.group.size()
     parts = []
     for i in range(count):
         places = part.places[:, :, i * rows : (i + 1) * rows]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ from tidar_mega.train.health import StopRequest, anywhere, spike
 from tidar_mega.train.metrics import MetricsLog
 from tidar_mega.train.profiler import Profiler
 from tidar_mega.train.resume import lock_folder, resume
-from tidar_mega.train.roll_call import RollCall
+from tidar_mega.train.roll_call import NoRollCall, RollCall
 from tidar_mega.train.step import Sums, Task, accumulate_gradients, micro_batches, summarise, validate
 from tidar_mega.train.stragglers import OwnWork
 
@@ -41,9 +42,7 @@ def train(
 
     Raises ConfigError, DataError, CheckpointError or TrainingError.
     """
-    if roll_call is not None:
-        roll_call.at(0, "building the model")
-    run = Run.start(config, mesh, roll_call, lock_seconds)
+    run = Run.start(config, mesh, roll_call or NoRollCall(), lock_seconds)
     log, progress = run.log, run.state.progress
     if progress.step >= config.train.steps and anywhere(log.has_validation(progress.step)):
         log.say(f"already done: {progress.step} steps; raise train.steps to go on")
@@ -85,20 +84,21 @@ class Run:
     lock: TextIO | None
     work: OwnWork
     profiler: Profiler
+    roll_call: RollCall | NoRollCall
     base: Base | None = None  # the frozen weights under adapters
-    roll_call: RollCall | None = None
     speed: Speed = field(default_factory=lambda: Speed())
 
     def at(self, doing: str) -> None:
         """Where this rank is, for the others to know if it does not answer."""
-        if self.roll_call is not None:
-            self.roll_call.at(self.state.progress.step, doing)
+        self.roll_call.at(self.state.progress.step, doing)
 
     @classmethod
-    def start(cls, config: Config, mesh: Mesh, roll_call: RollCall | None = None, lock_seconds: float = 0.0) -> Run:
+    def start(cls, config: Config, mesh: Mesh, roll_call: RollCall | NoRollCall, lock_seconds: float) -> Run:
         """Opens the data, builds the model and, if the run folder has a checkpoint, goes on from it; else begins from
         `train.init_from` or from random weights."""
-        lock = mesh.on_main(lambda: lock_folder(Path(config.run_dir), lock_seconds))
+        roll_call.at(0, "locking the run folder")
+        lock = mesh.on_main(lambda: lock_folder(Path(config.run_dir), lock_seconds, roll_call.progress))
+        roll_call.at(0, "building the model")
         stream, held_out = (open_data(config.data, split, config.train.seed) for split in ("train", "validation"))
         tokenizer = stream.tokenizer
         method = methods.load(config, tokenizer.mask)
@@ -106,30 +106,30 @@ class Run:
 
         def before_exchange() -> None:
             work.end()
-            if roll_call is not None:
-                roll_call.at(roll_call.place.step, "exchange of gradients and update")
+            roll_call.at(roll_call.place.step, "exchange of gradients and update")
 
         checkpoints = CheckpointStore(Path(config.run_dir) / "checkpoints", config.checkpoint.keep_last)
         newest = checkpoints.open(mesh)
-        models = gpt.build(config, tokenizer.vocab_size)
+        models = gpt.build(config, tokenizer.vocab_size, draw=newest is None, progress=roll_call.progress)
         base = Base.find(config, mesh, newest) if config.lora.rank or newest is None else None
-        if roll_call is not None:
-            roll_call.at(0, "reading the newest checkpoint")
+        roll_call.at(0, "reading the newest checkpoint")
         if base is not None:  # before the optimizer makes its float32 copies
-            base.load(models, config, tokenizer.vocab_size, stream.tokenizer_folder)
+            with roll_call.reading():
+                base.load(models, config, mesh, tokenizer.vocab_size, stream.tokenizer_folder)
         chunks = optim.wrap(config, models, before_exchange)
         optimizer = optim.build_optimizer(config, chunks)
         state = TrainState(chunks, optimizer, optim.build_scheduler(config, optimizer), Progress())
         if newest is not None:
-            resume(newest, config, stream, state, base)
+            with roll_call.reading():
+                resume(newest, config, mesh, stream, state, base)
         token_bytes = torch.as_tensor(tokenizer.token_bytes).to(device.device())
-        task = Task(config, mesh, method, chunks, token_bytes, roll_call.progress if roll_call else lambda: None)
+        task = Task(config, mesh, method, chunks, token_bytes, roll_call.progress)
         log = MetricsLog(config, mesh.is_main, state.progress.step)
         drawn = next(micro_batches(task, stream, 0, 1)) if mesh.is_main else None
         log.start(_describe(config, mesh, chunks, newest, state.progress, base), drawn)
         frozen = base if config.lora.rank else None
         profiler, step = Profiler(config, mesh), state.progress.step
-        return cls(task, state, stream, held_out, checkpoints, log, step, lock, work, profiler, frozen, roll_call)
+        return cls(task, state, stream, held_out, checkpoints, log, step, lock, work, profiler, roll_call, frozen)
 
     def is_due(self, interval: int) -> bool:
         step = self.state.progress.step
@@ -180,7 +180,7 @@ class Run:
         self.at("forward and backward")
         sums = accumulate_gradients(self.task, batch, self.work.begin)
         wanted = self._judge(sums)
-        norm, applied = optim.update(self.state.optimizer, config.optimizer.clip_grad, wanted)
+        norm = optim.update(self.state.optimizer, config.optimizer.clip_grad, wanted)
         lr = self.state.optimizer.param_groups[0]["lr"]
         self.state.scheduler.step(1)
         progress.step += 1
@@ -188,7 +188,7 @@ class Run:
         self.speed.add(sums, time.perf_counter() - started)
         window = self.state.window
         self.state.window = {name: window[name] + value if name in window else value for name, value in sums.items()}
-        self._watch(applied or not wanted, norm)
+        self._watch(norm)
         if progress.step % config.log.interval == 0 or progress.step == config.train.steps:
             slow, warning = self.work.report()
             self.log.step(progress.step, {**self._figures(norm, lr), **slow})
@@ -213,12 +213,13 @@ class Run:
         )
         return not health.skip_spikes
 
-    def _watch(self, applied: bool, norm: float) -> None:
+    def _watch(self, norm: float) -> None:
         """The NaN policy: a step with a non-finite gradient changes nothing; too many in a row end the run."""
         progress, limit = self.state.progress, self.task.config.train.nan_limit
-        progress.skipped_in_a_row = 0 if applied else progress.skipped_in_a_row + 1
-        progress.skipped_steps += not applied
-        if not applied:
+        is_finite = math.isfinite(norm)
+        progress.skipped_in_a_row = 0 if is_finite else progress.skipped_in_a_row + 1
+        progress.skipped_steps += not is_finite
+        if not is_finite:
             self.log.say(f"step {progress.step}: gradient norm is {norm}; step skipped")
         if progress.skipped_in_a_row >= limit:
             self.publish(wait=True)

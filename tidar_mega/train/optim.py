@@ -175,21 +175,18 @@ def apply_settings(config: Config, optimizer: MegatronOptimizer) -> None:
 
 
 @torch.no_grad()
-def update(optimizer: MegatronOptimizer, clip: float, wanted: bool = True) -> tuple[float, bool]:
-    """Clips and applies the gradients if that is `wanted` and their norm is finite.
-
-    Returns (norm before clipping, applied).
-    """
+def update(optimizer: MegatronOptimizer, clip: float, wanted: bool = True) -> float:
+    """Clips and applies the gradients if that is `wanted` and their norm is finite. Returns the norm before that."""
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())
-    applied = wanted and math.isfinite(norm)
-    if applied and clip > 0:
+    is_applied = wanted and math.isfinite(norm)
+    if is_applied and clip > 0:
         for part in _parts(optimizer):
             decoupled = part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8  # where its gradients are
             clip_grad_by_total_norm_fp32(part.get_parameters(), clip, norm, use_decoupled_grad=decoupled)
-    if applied:
-        applied = bool(optimizer.step_with_ready_grads())
+    if is_applied:
+        optimizer.step_with_ready_grads()
     # without the distributed optimizer, the gradient of a float32 weight is now the very memory that those of the next
     # step are added into, and autograd would add to it as well
     optimizer.zero_grad()
-    return norm, applied
+    return norm

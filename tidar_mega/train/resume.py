@@ -7,16 +7,18 @@ import fcntl
 import os
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
 from tidar_mega.checkpoint import state as checkpoint_state
 from tidar_mega.checkpoint import store
-from tidar_mega.checkpoint.base import SHAPE, Base
+from tidar_mega.checkpoint.base import SHAPE, Base, setting
 from tidar_mega.checkpoint.state import TrainState
 from tidar_mega.checkpoint.store import CheckpointError
 from tidar_mega.config import Config, LostError, UserError
 from tidar_mega.data.stream import Samples
+from tidar_mega.parallel.mesh import Mesh
 from tidar_mega.train import optim
 
 # Settings that a resume must not change: the shape of the weights and the meaning of the global sample index.
@@ -30,11 +32,11 @@ _FIXED = {
 }
 
 
-def lock_folder(folder: Path, patience_seconds: float = 0.0) -> TextIO:
+def lock_folder(folder: Path, patience_seconds: float = 0.0, waiting: Callable[[], None] = lambda: None) -> TextIO:
     """Held until this process ends: two runs in one folder would delete each other's checkpoints.
 
-    A job that has lost a node may start again while a rank of its own still lives there: it waits for that. Raises
-    UserError, or after a wait in vain LostError.
+    A job that has lost a node may start again while a rank of its own still lives there: it waits for that, and calls
+    `waiting` now and then. Raises UserError, or after a wait in vain LostError.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -51,6 +53,7 @@ def lock_folder(folder: Path, patience_seconds: float = 0.0) -> TextIO:
         except BlockingIOError:
             if time.monotonic() < deadline:
                 time.sleep(1.0)
+                waiting()
                 continue
             lock.seek(0)
             used = f"run_dir = {folder}: another run is using it ({lock.read().strip() or 'it does not say which'})"
@@ -66,11 +69,13 @@ def lock_folder(folder: Path, patience_seconds: float = 0.0) -> TextIO:
     return lock
 
 
-def resume(path: Path, config: Config, stream: Samples, state: TrainState, base: Base | None = None) -> None:
-    """Fills `state` from the checkpoint at `path`; CheckpointError if that is damaged or of other data or shape, or
-    holds adapters of another `base`."""
-    meta = store.read_meta(path)
-    saved = store.saved_config(meta)
+def resume(
+    path: Path, config: Config, mesh: Mesh, stream: Samples, state: TrainState, base: Base | None = None
+) -> None:
+    """Collective. Fills `state` from the checkpoint at `path`; CheckpointError if that is damaged or of other data or
+    shape, or holds adapters of another `base`."""
+    meta = store.shared_meta(path, mesh)
+    saved = store.saved_config(path, meta)
     if meta["data_fingerprint"] != stream.fingerprint:
         was, now = (f"data.path = {c.data.path}, data.weights = {c.data.weights}" for c in (saved, config))
         if len(config.data.folders) == len(saved.data.folders) == 1 or was == now:
@@ -92,7 +97,7 @@ def resume(path: Path, config: Config, stream: Samples, state: TrainState, base:
             was, now = (getattr(getattr(c, section), name) for c in (saved, config))
             if was != now:
                 raise CheckpointError(
-                    f"{section}.{name} = {now}: the checkpoint {path} was made with {was}; "
+                    f"{section}.{setting(name)} = {now}: the checkpoint {path} was made with {was}; "
                     "set it back, or set another run_dir to start anew"
                 )
     if base is not None:

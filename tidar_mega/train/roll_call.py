@@ -19,8 +19,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tidar_mega.config import LostError
@@ -31,18 +32,20 @@ if TYPE_CHECKING:
 PERIOD_SECONDS = 1.0  # between two words of a rank
 SURVEY_SECONDS = 3.0  # a rank that says nothing for so long is missing
 GRACE_SECONDS = 4.0  # for an answer of the store, and for a rank to end by itself once another has failed
+_READS = 1 << 20  # bytes: more than what the words of other ranks have
 _OWN_THREADS = ("roll call", "watchdog")
 
 
 @dataclass(frozen=True)
 class Place:
     """What a rank said last. All ranks come to the same places in turn, `count` is how many; `beat` grows as long as
-    it lives."""
+    it lives, `work` with what it gets done."""
 
     step: int
     doing: str
     count: int = 0
     beat: int = 0
+    work: int = 0
 
     def __str__(self) -> str:
         return f"step {self.step}, {self.doing}"
@@ -63,10 +66,11 @@ class Note:
 
 @dataclass(frozen=True)
 class Survey:
-    """The last words of every rank, and which of them say nothing more."""
+    """The last words of every rank, which of them say nothing more, and whether any got something done meanwhile."""
 
     places: dict[int, Place | None]
     silent: set[int]
+    is_working: bool = False
 
     def blame(self) -> str | None:
         """Who keeps the others waiting, and where; None if all answer from the same place."""
@@ -83,10 +87,23 @@ class Survey:
         return None
 
 
+class NoRollCall:
+    """In place of a `RollCall`, where no other process or watchdog asks."""
+
+    place = Place(0, "starting")
+
+    def at(self, step: int, doing: str) -> None: ...
+
+    def progress(self) -> None: ...
+
+    reading = staticmethod(contextlib.nullcontext)
+
+
 class RollCall:
     """This rank's end of the shared store. One thread talks to the store, which may never answer; another one does not.
 
-    A rank that is at one place for `hang_seconds`, which the setting `limit` says, ends the run (see `progress`).
+    A rank that is at one place for `hang_seconds`, which the setting `limit` says, ends the run (see `progress`),
+    unless it waits for another that gets something done.
     """
 
     def __init__(
@@ -103,7 +120,8 @@ class RollCall:
         self._connect = connect
         self._hang_seconds, self._limit = hang_seconds, limit
         self._place, self._since = Place(0, "starting"), time.monotonic()
-        self._beat = 0
+        self._beat = self._work = 0
+        self._is_reading, self._bytes_read = False, 0
         self._note: Note | None = None  # the first that any rank has left, and when this one saw it
         self._noted_at = 0.0
         self._told_stacks = False
@@ -124,7 +142,18 @@ class RollCall:
 
     def progress(self) -> None:
         """Called inside of what may take long at one place."""
+        self._work += 1
         self._since = time.monotonic()
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """What this process reads inside is its progress: a big checkpoint takes long, and a dead disk for ever."""
+        self._is_reading = True
+        try:
+            yield
+        finally:
+            self._is_reading = False
+            self.progress()
 
     def ask(self) -> Note | Survey | None:
         """The first note that a rank has left, else where all ranks are; None where the store does not answer."""
@@ -172,13 +201,16 @@ class RollCall:
                 faulthandler.dump_traceback_later(self._hang_seconds, file=sys.__stderr__)
             if self._stopped.wait(PERIOD_SECONDS):
                 return
+            if self._is_reading and (now := _bytes_read()) > self._bytes_read + _READS:
+                self._bytes_read = now
+                self.progress()
             if self._is_stuck(SURVEY_SECONDS + 2 * GRACE_SECONDS):  # for the other thread, which has the store to ask
                 self._blame(None)
             self._end_after_note()
 
     def _speak(self, store: Store) -> None:
         self._beat += 1
-        words = replace(self._place, beat=self._beat)
+        words = replace(self._place, beat=self._beat, work=self._work)
         store.set(f"place {self.rank}", json.dumps(asdict(words)))
         if self._note is None:
             self._note, self._noted_at = _first_note(store), time.monotonic()
@@ -204,10 +236,14 @@ class RollCall:
     def _blame(self, store: Store | None) -> None:
         """Leaves a note of who keeps this rank waiting; where the store does not answer, rank 0 that holds it."""
         since = self._since
-        gone = "rank 0 did not take part, and the store that it holds does not answer"
-        blame = self._survey(store).blame() if store else gone
+        blame = "rank 0 did not take part, and the store that it holds does not answer"
+        if store:
+            survey = self._survey(store)
+            if survey.is_working and not survey.silent:
+                self._since = time.monotonic()
+            blame = survey.blame()
         if since != self._since or self._note is not None:
-            return  # it went on meanwhile, or all has been said
+            return  # it, or the one that it waits for, went on meanwhile; or all has been said
         text = (
             f"no progress for {self._hang_seconds / 60:g} minutes ({self._limit}) at {self._place}: "
             f"{blame or 'all ranks answer, so look at the network and the disk'}; the stacks of all ranks are in their "
@@ -228,11 +264,15 @@ class RollCall:
             time.sleep(PERIOD_SECONDS)
             self._speak(store)
         after = self._places(store)
-        return Survey(after, {rank for rank, place in after.items() if place == before[rank]})
+        silent = {rank for rank, place in after.items() if place == before[rank]}
+        is_working = any(before[rank] and place and place.work > before[rank].work for rank, place in after.items())
+        return Survey(after, silent, is_working)
 
     def _places(self, store: Store) -> dict[int, Place | None]:
-        keys = {rank: f"place {rank}" for rank in range(self.world_size)}
-        return {rank: Place(**json.loads(store.get(k))) if store.check([k]) else None for rank, k in keys.items()}
+        keys = [f"place {rank}" for rank in range(self.world_size)]
+        if store.check(keys):  # once all have started, one question: a thousand ranks may ask at the same time
+            return {rank: Place(**json.loads(found)) for rank, found in enumerate(store.multi_get(keys))}
+        return {r: Place(**json.loads(store.get(k))) if store.check([k]) else None for r, k in enumerate(keys)}
 
 
 class _Request:
@@ -242,6 +282,14 @@ class _Request:
         self.action = action
         self.result = None
         self.done = threading.Event()
+
+
+def _bytes_read() -> int:
+    """By this process so far, from the page cache or from a disk (proc_pid_io(5)); 0 where the system does not say."""
+    with contextlib.suppress(OSError):
+        lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+        return int(lines["rchar"]) + int(lines["read_bytes"])
+    return 0
 
 
 def stacks(rank: int) -> str:

@@ -104,7 +104,9 @@ def _balanced(terms: tuple[Term, ...], means: dict[str, float]) -> list[float]:
     def factor(term: Term) -> float:
         if term.balances is None:
             return term.coefficient
-        return term.coefficient * means[term.balances] / means[term.name] if means[term.name] else 0.0
+        ratio = means[term.balances] / means[term.name] if means[term.name] else 0.0
+        # of losses that are not finite, the step is skipped; a weight that is NaN would be a row with and without loss
+        return term.coefficient * (ratio if math.isfinite(ratio) else 1.0)
 
     return [factor(term) for term in terms]
 
