@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import gzip
 import io
 import json
@@ -28,6 +29,8 @@ from pyarrow import parquet
 
 from tidar_mega import cli
 from tidar_mega.data import DataError, prepare, shards
+from tidar_mega.data import corpus as corpus_module
+from tidar_mega.data.sources import find
 from tidar_mega.data.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -143,15 +146,46 @@ def test_parquet(tmp_path, kind):
     assert figures["left_out"] == {"empty": 2, "undecodable": 0}
 
 
-def test_of_few_files_documents_are_held_out(tmp_path):
+@pytest.mark.parametrize("small", [1 << 26, 1])
+def test_of_files_with_many_documents_documents_are_held_out(tmp_path, monkeypatch, small, capsys):
     """By file it would be a third of the text."""
+    monkeypatch.setattr(corpus_module, "_SMALL", small)
     for name in ("a", "b"):
         parquet_file(tmp_path / f"{name}.parquet", [text(i) + name for i in range(20)])
     (tmp_path / "c.jsonl").write_text("".join(json.dumps({"body": text(i) + "c"}) + "\n" for i in range(20)))
     figures = run(tmp_path / "out", tmp_path, "--field", "body", "--validation-fraction", "0.1")
     train, validation = (decoded(tmp_path / "out", split) for split in shards.SPLITS)
     assert sorted(train + validation) == sorted(text(i) + name for i in range(20) for name in "abc")
-    assert figures["validation"]["documents"] == 6
+    assert figures["validation"]["documents"] == 6 if small > 1 else 1 <= figures["validation"]["documents"] <= 14
+    assert "sources: 2 parquet (such as " in capsys.readouterr().out
+
+
+def test_a_tokenizer_learns_from_all_files(tmp_path):
+    for name in "abc":
+        lines = (json.dumps({"text": f"{name * 3} {i}"}) + "\n" for i in range(100))
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    files = find([str(tmp_path)], [], "strict", "text")
+    texts = list(corpus_module.Corpus(files, 0.1, 0).training_texts(limit=60))
+    assert {t[:3] for t in texts} == {"aaa", "bbb", "ccc"}
+    everything = list(corpus_module.Corpus(files, 0.1, 0).training_texts(limit=1 << 20))
+    assert len(everything) == len(set(everything)) == 270
+
+
+@pytest.mark.parametrize("name", ["c4.json.gz", "lines.ndjson"])
+def test_lines_of_json_by_other_names(tmp_path, name):
+    lines = "".join(json.dumps({"text": text(i)}) + "\n" for i in range(6)) + json.dumps({"text": None})
+    (tmp_path / name).write_bytes(gzip.compress(lines.encode()) if name.endswith(".gz") else lines.encode())
+    figures = run(tmp_path / "out", tmp_path / name)
+    assert sorted(sum((decoded(tmp_path / "out", split) for split in shards.SPLITS), [])) == sorted(map(text, range(6)))
+    assert figures["left_out"]["empty"] == 1
+
+
+def test_links_to_folders_are_followed_once(corpus, tmp_path):
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "corpus").symlink_to(corpus)
+    (corpus / "inner" / "back").symlink_to(corpus)
+    figures = run(tmp_path / "out", tmp_path / "links")
+    assert figures["train"]["documents"] + figures["validation"]["documents"] == 12
 
 
 # Megatron's own data sets
@@ -397,6 +431,22 @@ def test_an_unfinished_preparation_of_another_corpus_is_started_anew(corpus, tmp
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
+@pytest.mark.parametrize("stopped_by", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+def test_what_is_encoded_is_kept_for_the_next_run_also_of_an_overwrite(corpus, tmp_path, monkeypatch, stopped_by):
+    def stop(*_):
+        raise stopped_by
+
+    run(tmp_path / "out", corpus)
+    again = (tmp_path / "out", corpus, "--seed", "1", "--overwrite")
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.Job, "_write_split", stop)
+        with pytest.raises(KeyboardInterrupt if isinstance(stopped_by, KeyboardInterrupt) else DataError):
+            run(*again)
+    monkeypatch.setattr(prepare.Job, "_encoded", stop)
+    run(*again)
+    assert shards.verify(tmp_path / "out").splits["train"].documents == 11
+
+
 # what cannot be prepared
 
 
@@ -490,6 +540,7 @@ BROKEN = {
     "f.txt.xz": (lzma.compress(b"text" * 999)[:-20], "f.txt.xz: damaged or truncated"),
     "g.txt.zst": (zstandard.compress(os.urandom(9999))[:-20], "g.txt.zst: damaged or truncated"),
     "h.jsonl.gz": (b"no gzip at all", "h.jsonl.gz: damaged or truncated"),
+    "i.jsonl": (b'{"text": ' + b"[" * 100_000 + b"\n", "i.jsonl, line 1: not valid JSON"),
     "i.parquet": (b"no parquet at all", "i.parquet: damaged or truncated"),
 }
 

@@ -1,9 +1,10 @@
-"""The documents of all sources with the split of each: by file, or by document where the files are too few."""
+"""The documents of all sources with the split of each."""
 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
+import itertools
+from collections import Counter, deque
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,6 +14,8 @@ from tidar_mega.data.documents import Document
 from tidar_mega.data.sources import SourceFile
 
 TRAIN, VALIDATION = range(2)
+_SMALL = 1 << 26  # bytes of sources that are read once more to hold out just the share that was asked for
+_FILES_AT_ONCE = 32  # of which a tokenizer learns in turn
 
 
 class Corpus:
@@ -27,10 +30,9 @@ class Corpus:
             raise DataError(f"empty corpus: none of the {len(files)} source files has any text")
         is_text = all(f.format == "text" for f in self._files)
         self._is_one_text = is_text and len(self._files) == 1
-        self._is_by_file = len(self._files) > 1 and (is_text or round(fraction * len(self._files)) >= 1)
-        if not self._is_one_text:  # of two large files, half of the text would be held out
-            names = [f.name for f in self._files] if self._is_by_file else self._document_names()
-            self._splits = self._draw(names)
+        self._held_out: set[str] | None = None  # names, of a corpus whose documents can be counted first
+        if not self._is_one_text and (is_text or self.bytes <= _SMALL):
+            self._held_out = self._draw([name for file in self._files for name in _names(file)])
 
     @property
     def bytes(self) -> int:
@@ -39,54 +41,67 @@ class Corpus:
     def documents(self, counts: Counter) -> Iterator[tuple[Document, int, int]]:
         """(document, split, bytes of the sources read so far); what is left out is counted."""
         counts["empty"] += self._empty_files
-        before, number = 0, 0
-        for place, file in enumerate(self._files):
-            for document, position in documents.read(file, counts):
-                if self._is_one_text:
-                    train, validation = _cut(file, document, self._fraction)
-                    yield train, TRAIN, position
-                    yield validation, VALIDATION, position
-                else:
-                    yield document, int(self._splits[place if self._is_by_file else number]), before + position
-                number += 1
+        before = 0
+        for file in self._files:
+            for document, split, position in self._documents_of(file, counts):
+                yield document, split, before + position
             before += file.path.stat().st_size
 
     def training_texts(self, limit: int) -> Iterator[str]:
-        """Texts of the training split alone, of files in a random order, until they have `limit` bytes."""
-        total = 0
-        for text in self._training_texts():
+        """Texts of the training split alone, until they have `limit` bytes: of files in a random order, of some of them
+        in turn, so that a tokenizer learns from more than the first."""
+        order = np.argsort([self._rank(f.name) for f in self._files], kind="stable")
+        waiting = (self._documents_of(self._files[i], Counter()) for i in order)
+        readers, total = deque(itertools.islice(waiting, _FILES_AT_ONCE)), 0
+        while readers and total < limit:
+            reader = readers.popleft()
+            text = next((document for document, split, _ in reader if split == TRAIN), None)
+            if text is None:  # it has no more
+                readers.extend(itertools.islice(waiting, 1))
+                continue
             yield text
             total += len(text.encode("utf-8"))
-            if total >= limit:
-                return
+            readers.append(reader)
 
-    def _training_texts(self) -> Iterator[str]:
-        if not self._is_by_file:
-            yield from (text for text, split, _ in self.documents(Counter()) if split == TRAIN)
-            return
-        for i in np.argsort(self._ranks([f.name for f in self._files]), kind="stable"):
-            if self._splits[i] == TRAIN:
-                yield from (text for text, _ in documents.read(self._files[i], Counter()))
+    def _documents_of(self, file: SourceFile, counts: Counter) -> Iterator[tuple[Document, int, int]]:
+        for number, (document, position) in enumerate(documents.read(file, counts)):
+            if self._is_one_text:
+                train, validation = _cut(file, document, self._fraction)
+                yield train, TRAIN, position
+                yield validation, VALIDATION, position
+            else:
+                yield document, self._split(_name(file, number)), position
 
-    def _document_names(self) -> list[str]:
-        names = [f"{f.name}:{i}" for f in self._files for i, _ in enumerate(documents.read(f, Counter()))]
+    def _split(self, name: str) -> int:
+        if self._held_out is not None:
+            return VALIDATION if name in self._held_out else TRAIN
+        return VALIDATION if self._rank(name) < self._fraction * 2**64 else TRAIN
+
+    def _draw(self, names: list[str]) -> set[str]:
+        """The share `fraction` of the names, at least one and never all."""
         if len(names) < 2:
             raise DataError(
                 f"{self._files[0].path}: {len(names)} documents with text, but at least 2 are needed: one to train, "
                 "one to validate"
             )
-        return names
+        count = min(max(1, round(self._fraction * len(names))), len(names) - 1)
+        return set(sorted(names, key=self._rank)[:count])
 
-    def _draw(self, names: list[str]) -> np.ndarray:
-        """int8 split of each name: the share `fraction`, at least one and never all, is held out."""
-        held_out = min(max(1, round(self._fraction * len(names))), len(names) - 1)
-        split = np.full(len(names), TRAIN, dtype=np.int8)
-        split[np.argsort(self._ranks(names), kind="stable")[:held_out]] = VALIDATION
-        return split
+    def _rank(self, name: str) -> int:
+        """A random number below 2 ** 64 that is a function of the name and the seed."""
+        digest = hashlib.sha256(f"{self._seed}/{name}".encode("utf-8", "surrogateescape")).digest()
+        return int.from_bytes(digest[:8], "big")
 
-    def _ranks(self, names: list[str]) -> np.ndarray:
-        digests = (hashlib.sha256(f"{self._seed}/{name}".encode("utf-8", "surrogateescape")).digest() for name in names)
-        return np.fromiter((int.from_bytes(d[:8], "big") for d in digests), dtype=np.uint64, count=len(names))
+
+def _names(file: SourceFile) -> list[str]:
+    """Of all documents of a file."""
+    if file.format == "text":
+        return [file.name]
+    return [_name(file, number) for number, _ in enumerate(documents.read(file, Counter()))]
+
+
+def _name(file: SourceFile, number: int) -> str:
+    return file.name if file.format == "text" else f"{file.name}:{number}"
 
 
 def _cut(file: SourceFile, text: str, fraction: float) -> tuple[str, str]:

@@ -88,10 +88,12 @@ def _json_text(file: SourceFile, line: bytes, offset: int, number: int) -> str |
     where = f"{file.path}, line {number}"
     try:
         record = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         if file.errors == "skip":
             return None
         raise DataError(f"{where}: not valid JSON ({error}); mend the file or use --errors skip") from None
+    if isinstance(record, dict) and file.field in record and record[file.field] is None:
+        return ""
     if not isinstance(record, dict) or not isinstance(record.get(file.field), str):
         found = f"has {', '.join(sorted(record)) or 'no field'}" if isinstance(record, dict) else "is no JSON object"
         raise DataError(f"{where}: no text in field {file.field!r}; the line {found}; name the right one with --field")
@@ -189,12 +191,17 @@ def _decompress(path: Path, raw: io.BufferedReader) -> io.BufferedIOBase:
     return raw
 
 
+def _new_frame():
+    # as much as `zstd --ultra --long=31` writes; by default it reads 128 MiB
+    return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+
+
 class _ZstdFile(io.RawIOBase):
     """zstandard's own reader takes a cut file for a finished one; this one does not."""
 
     def __init__(self, raw: io.BufferedReader) -> None:
         self._raw, self._ready = raw, b""
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._frame = _new_frame()
         self._in_frame = False
 
     def readable(self) -> bool:
@@ -219,7 +226,7 @@ class _ZstdFile(io.RawIOBase):
             self._in_frame = not self._frame.eof
             chunk = self._frame.unused_data
             if self._frame.eof:
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
+                self._frame = _new_frame()
         return b"".join(parts)
 
 

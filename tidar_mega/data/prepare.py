@@ -23,6 +23,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
@@ -56,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--validation-fraction",
         type=float,
         default=0.05,
-        help="of the files; of the documents where that is less than one file (default 0.05)",
+        help="of the documents (default 0.05)",
     )
     add(
         "--field",
@@ -78,10 +79,10 @@ def run(args: argparse.Namespace) -> dict:
     try:
         files = sources.find(args.sources, args.exclude, args.errors, args.field, args.output)
         _check_formats(files, args.tokenizer)
+        _show_formats(files)
         args.output.mkdir(parents=True, exist_ok=True)
         with _lock(args.output):
-            job = Job(args.output, settings, files, args.workers, args.tokenizer)
-            figures = job.run(args.overwrite)
+            figures = Job(args.output, settings, files, args.workers, args.tokenizer).run(args.overwrite)
     except BrokenProcessPool:
         raise DataError("a worker process was killed, most often for lack of memory: lower --workers") from None
     except OSError as error:
@@ -133,6 +134,13 @@ def _check_formats(files: list[SourceFile], tokenizer: Path | None) -> None:
         )
 
 
+def _show_formats(files: list[SourceFile]) -> None:
+    """So that a stray file which is taken for a text is seen."""
+    found = Counter(f.format for f in files)
+    first = {f.format: f.name for f in reversed(files)}
+    print("sources: " + ", ".join(f"{count} {name} (such as {first[name]})" for name, count in found.most_common()))
+
+
 def _size(text: str, option: str) -> int:
     digits = text.rstrip("kKmMgGiIbB ")
     unit = text[len(digits) :].strip().upper()
@@ -143,25 +151,21 @@ def _size(text: str, option: str) -> int:
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some network file systems have no locks for folders
-            _take(descriptor, folder)
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):  # no locks there, or a finished folder that is read-only
+            _take(held.enter_context(open(folder / ".lock", "a")), folder)  # noqa: SIM115 - NFS locks what it can write
         yield
-    finally:
-        os.close(descriptor)
 
 
-def _take(descriptor: int, folder: Path) -> None:
+def _take(file: TextIO, folder: Path) -> None:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise DataError(f"{folder}: another `tidar prepare` is at work there; wait for it or stop it") from None
 
 
 def _disk_error(output: Path, error: OSError) -> DataError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        shutil.rmtree(output / WORK, ignore_errors=True)
         return DataError(
             f"{output}: the disk is full; no shard is half written and there is no index. The work needs about twice "
             "the room of the finished shards: free some, then run the same command again"
@@ -186,7 +190,8 @@ class Job:
         corpus = Corpus(self.files, self.settings.validation_fraction, self.settings.seed)
         tokenizer = self._make_tokenizer(corpus)
         spool = Spool(self.output / WORK, shards.token_dtype(tokenizer.vocab_size))
-        left_out = self._encode(corpus, spool)
+        with _freed_if_full(spool):
+            left_out = self._encode(corpus, spool)
         splits = {name: self._write_split(name, number, spool) for number, name in enumerate(shards.SPLITS)}
         index = shards.Index(spool.dtype.str, tokenizer.fingerprint, _fingerprint(request), left_out, splits)
         shards.write_index(self.output, index)
@@ -218,7 +223,7 @@ class Job:
             )
         if not path.is_file() and any(not p.name.startswith(".") for p in self.output.iterdir()):
             raise DataError(f"--output {self.output}: it has files that are not of `tidar prepare`; choose another one")
-        if overwrite or not _is_same(path, request):
+        if (overwrite and has_index) or not _is_same(path, request):
             _empty(self.output)
             shards.write_json(path, request)
         return False
@@ -247,7 +252,7 @@ class Job:
             spool.finish()
         left_out = json.loads(path.read_text())
         for number, name in enumerate(shards.SPLITS):
-            if not (spool.table_3D[2] == number).any():
+            if not (spool.columns[2] == number).any():
                 reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
                 raise DataError(
                     f"empty corpus: the {name} split has no document with text (left out: {reasons}); give more "
@@ -279,20 +284,21 @@ class Job:
     def _write_split(self, name: str, number: int, spool: Spool) -> shards.Split:
         folder = self.output / name
         folder.mkdir(exist_ok=True)
-        documents = np.flatnonzero(spool.table_3D[2] == number)
+        lengths_D, text_bytes_D, split_D = spool.columns
+        documents = np.flatnonzero(split_D == number)
         key = hashlib.sha256(f"{self.settings.seed}/{name}".encode()).digest()
         np.random.Generator(np.random.PCG64(int.from_bytes(key))).shuffle(documents)
-        lengths, text_bytes, _ = spool.table_3D[:, documents]
+        starts, lengths = (np.cumsum(lengths_D) - lengths_D)[documents], lengths_D[documents]
         layout = shards.lay_out(lengths, spool.dtype.itemsize, self.settings.shard_bytes)
         made = []
         with Progress(f"writing {name}", len(layout.sizes), "shards") as progress:
-            work = _shard_work(folder, documents, layout)
+            work = _shard_work(folder, starts, lengths, layout)
             processes = min(len(layout.sizes), self._processes(sum(layout.sizes), _WRITTEN))
             for shard in ordered_map(partial(Spool, spool.folder, spool.dtype), write_shard, work, processes):
                 made.append(shard)
                 progress.advance(1)
         digest = shards.write_documents(folder / shards.DOCUMENTS, layout)
-        return shards.Split(len(documents), int(lengths.sum()), int(text_bytes.sum()), digest, tuple(made))
+        return shards.Split(len(documents), int(lengths.sum()), int(text_bytes_D[documents].sum()), digest, tuple(made))
 
     def _figures(self, index: shards.Index, reused: bool) -> dict:
         figures: dict = {"output": str(self.output), "reused": reused}
@@ -308,6 +314,17 @@ class Job:
             }
         figures["left_out"] = index.left_out
         return figures
+
+
+@contextlib.contextmanager
+def _freed_if_full(spool: Spool) -> Iterator[None]:
+    """What is encoded already is kept, also on a full disk; half a spool is of no use to the next run."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) and not spool.is_whole():
+            shutil.rmtree(spool.folder, ignore_errors=True)
+        raise
 
 
 def _counted(texts: Iterator[str], progress: Progress) -> Iterator[str]:
@@ -330,11 +347,11 @@ def _batches(documents: Iterator[tuple[Document, int, int]]) -> Iterator[tuple[l
         yield batch, splits, position
 
 
-def _shard_work(folder: Path, documents: np.ndarray, layout: shards.Layout) -> Iterator[tuple]:
+def _shard_work(folder: Path, starts: np.ndarray, lengths: np.ndarray, layout: shards.Layout) -> Iterator[tuple]:
     for number, size in enumerate(layout.sizes):
         first, last = layout.borders[number : number + 2]
         path = folder / shards.shard_name(number)
-        yield path, first, documents[first:last], size
+        yield path, first, starts[first:last], lengths[first:last], size
 
 
 def _fingerprint(request: dict) -> str:

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tidar_mega.config.errors import UserError, storage_error
 from tidar_mega.data import DataError
 
 VERSION = 1
@@ -128,6 +129,14 @@ def read_index(folder: str | Path) -> Index:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path}: damaged ({type(error).__name__}: {error}); run `tidar prepare` again") from None
+    except OSError as error:
+        raise unreadable(path, error) from None
+
+
+def unreadable(path: Path, error: OSError) -> UserError:
+    """DataError, or LostError for what may pass."""
+    said = f"{path}: cannot be read ({error.strerror})"
+    return storage_error(error, DataError, said, "make it readable for this user")
 
 
 def check_sizes(folder: Path, split: str, index: Index) -> None:

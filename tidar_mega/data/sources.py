@@ -32,8 +32,11 @@ class SourceFile:
         """jsonl | parquet | megatron (token ids) | text; all but text have many documents."""
         if _has_index(self.path):
             return "megatron"
-        inner = Path(self.path.stem) if self.path.suffix in COMPRESSIONS else self.path
-        return {".jsonl": "jsonl", ".parquet": "parquet"}.get(inner.suffix, "text")
+        is_packed = self.path.suffix in COMPRESSIONS
+        suffix = Path(self.path.stem).suffix if is_packed else self.path.suffix
+        if suffix in (".jsonl", ".ndjson") or (suffix == ".json" and is_packed):  # as C4 and Dolma name their lines
+            return "jsonl"
+        return "parquet" if suffix == ".parquet" else "text"
 
     @property
     def parts(self) -> list[tuple[str, Path]]:
@@ -99,8 +102,12 @@ def _stdlib(field: str) -> Iterator[SourceFile]:
 
 
 def _walk(root: Path, left_out: frozenset[str] = frozenset()) -> list[Path]:
-    files = []
-    for folder, inner_folders, names in os.walk(root):
+    files, seen = [], set()
+    for folder, inner_folders, names in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:  # a link to a folder above it
+            inner_folders.clear()
+            continue
+        seen.add(real)
         inner_folders[:] = [n for n in inner_folders if n[0] != "." and n != "__pycache__" and n not in left_out]
         files += [Path(folder) / name for name in names if not name.startswith(".")]
     files = [f for f in files if f.is_file() and not (f.suffix == ".idx" and _has_index(f.with_suffix(".bin")))]

@@ -109,7 +109,7 @@ def _checked(tokenizer: Tokenizer, document: Tokens) -> np.ndarray:
 
 
 class Spool:
-    """Ids of all documents; `split_D`, `lengths_D`, `text_bytes_D` say what each is."""
+    """Ids of all documents, one behind the other, and what each is."""
 
     def __init__(self, folder: Path, dtype: np.dtype) -> None:
         self.folder, self.dtype = folder, dtype
@@ -136,28 +136,26 @@ class Spool:
             np.save(file, table)
 
     @functools.cached_property
-    def table_3D(self) -> np.ndarray:
-        """int64: tokens, text bytes and split of each document."""
-        return np.load(self.folder / _DOCUMENTS)
+    def columns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """int64 [D] each: tokens, text bytes and split of the documents."""
+        lengths_D, text_bytes_D, split_D = np.load(self.folder / _DOCUMENTS)
+        return lengths_D, text_bytes_D, split_D
 
-    @functools.cached_property
-    def starts_D(self) -> np.ndarray:
-        lengths_D = self.table_3D[0]
-        return np.cumsum(lengths_D) - lengths_D
-
-    def read(self, documents: Iterable[int]) -> Iterator[np.ndarray]:
+    def read(self, starts: np.ndarray, lengths: np.ndarray) -> Iterator[np.ndarray]:
+        """The ids of documents of these lengths, by the number of their first token."""
         if os.path.getsize(self.folder / _IDS) == 0:
             return
         ids = np.memmap(self.folder / _IDS, dtype=self.dtype, mode="r")
-        for d in documents:
-            yield ids[self.starts_D[d] : self.starts_D[d] + self.table_3D[0, d]]
+        for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
+            yield ids[start : start + length]
 
 
-def write_shard(spool: Spool, path: Path, first: int, documents: np.ndarray, size: int) -> shards.Shard:
+def write_shard(
+    spool: Spool, path: Path, first: int, starts: np.ndarray, lengths: np.ndarray, size: int
+) -> shards.Shard:
     """Writes the shard at `path`, or takes the one that an interrupted run of the same work has left there."""
     if path.is_file() and path.stat().st_size == size:
-        tokens = int(spool.table_3D[0, documents].sum())
-        return shards.Shard(path.name, len(documents), tokens, size, shards.sha256(path))
-    shard = shards.write_shard(path, first, spool.read(documents.tolist()))
+        return shards.Shard(path.name, len(lengths), int(lengths.sum()), size, shards.sha256(path))
+    shard = shards.write_shard(path, first, spool.read(starts, lengths))
     assert shard.bytes == size, f"{path}: {shard.bytes} bytes instead of {size}: the layout of a tar has changed"
     return shard

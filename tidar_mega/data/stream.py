@@ -27,7 +27,7 @@ from tidar_mega.data.pack import pack
 from tidar_mega.data.tokenizer import Tokenizer
 from tidar_mega.rows import PADDING, Rows
 
-_OPEN_FILES = 128  # shards held open at once by one stream
+_OPEN_FILES = 256  # shards held open at once, by all streams of a process: it may have 1024 files in all
 _ROUNDS = 8  # of the Feistel network
 _WORD = (1 << 64) - 1
 _NO_PLACE = (errno.EINVAL, errno.EOVERFLOW)  # of a file: the list of documents is damaged
@@ -147,7 +147,6 @@ class Reader:
         self._names = [shard.name for shard in part.shards]
         self._first_documents = [0, *itertools.accumulate(shard.documents for shard in part.shards)]
         self._starts, self._offsets = self._load_documents(part.tokens)
-        self._descriptor = functools.lru_cache(maxsize=_OPEN_FILES)(self._open)
 
     def _load_documents(self, tokens: int) -> tuple[np.ndarray, np.ndarray]:
         path = self.folder / shards.DOCUMENTS
@@ -157,6 +156,8 @@ class Reader:
                 raise ValueError("the first tokens of the documents do not rise from 0 to the tokens of the split")
         except ValueError as error:
             raise DataError(f"{path}: damaged ({error}); {shards.RESTORE}") from None
+        except OSError as error:
+            raise shards.unreadable(path, error) from None
         return np.asarray(starts), np.asarray(offsets)  # plain views of the map are faster to index
 
     def window(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -175,24 +176,29 @@ class Reader:
         shard = bisect.bisect_right(self._first_documents, document) - 1
         offset, itemsize = int(self._offsets[document]), self._dtype.itemsize
         try:
-            file = self._descriptor(shard)
+            file = _open(self, shard)
             header = os.pread(file.number, shards.HEADERS, offset - shards.HEADERS)
             is_there = _is_header(header, document, length * itemsize)
             content = os.pread(file.number, (stop - first) * itemsize, offset + first * itemsize) if is_there else b""
         except (OSError, OverflowError) as error:
-            said = f"{self.folder / self._names[shard]}: cannot be read at byte {offset} ({error})"
+            said = f"{self.path(shard)}: cannot be read at byte {offset} ({error})"
             if isinstance(error, OverflowError) or error.errno in _NO_PLACE:
                 raise DataError(f"{said}: {self.folder / shards.DOCUMENTS} is damaged; {shards.RESTORE}") from None
             raise storage_error(error, DataError, said, "make it readable for this user") from None
         if not is_there or len(content) != (stop - first) * itemsize:
             raise DataError(
-                f"{self.folder / self._names[shard]}: damaged at byte {offset}: document {document} with {length} "
+                f"{self.path(shard)}: damaged at byte {offset}: document {document} with {length} "
                 f"tokens is not there; {shards.RESTORE}"
             )
         return np.frombuffer(content, dtype=self._dtype)
 
-    def _open(self, shard: int) -> _File:
-        return _File(self.folder / self._names[shard])
+    def path(self, shard: int) -> Path:
+        return self.folder / self._names[shard]
+
+
+@functools.lru_cache(maxsize=_OPEN_FILES)
+def _open(reader: Reader, shard: int) -> _File:
+    return _File(reader.path(shard))
 
 
 class _File:
