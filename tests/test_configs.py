@@ -179,7 +179,7 @@ def test_a_twin_trains(run, corpus):
     for section, names in KEPT.items():
         for name in names:
             assert getattr(getattr(twin, section), name) == getattr(getattr(original, section), name), name
-    if twin.train.init_from == "FOLDER":
+    if twin.train.init_from is not None:
         base = corpus / f"{Path(run).name}_base"
         make_hugging_face(base, twin.model, 320, corpus / "corpus" / "tokenizer")
         smaller.append(f"train.init_from={base}")
