@@ -32,6 +32,7 @@ from tidar_mega.checkpoint import store, writing
 from tidar_mega.checkpoint.store import CheckpointError, CheckpointStore
 from tidar_mega.config import LostError
 from tidar_mega.train import metrics
+from tidar_mega.train.resume import _check_buckets
 
 pytestmark = pytest.mark.distributed
 
@@ -78,7 +79,8 @@ class Trainer:
         tokenizer = self.folder / "tokenizer"
         size = state.size_bytes(self.state) if check_size else 0
         step = self.state.progress.step
-        self.checkpoints.begin(self.mesh, step, state.sharded(self.state), meta, tokenizer, size)
+        parts = state.sharded(self.state, self.config.checkpoint.fully_reshardable)
+        self.checkpoints.begin(self.mesh, step, parts, meta, tokenizer, size)
 
     def save(self, check_size: bool = True) -> Path:
         self.begin(check_size)
@@ -87,8 +89,9 @@ class Trainer:
     def load(self, path: Path) -> None:
         from tidar_mega.checkpoint import state
 
-        same = store.saved_config(path, store.read_meta(path)).parallel == self.config.parallel
-        state.restore(self.state, store.load(path, state.template(self.state, same)))
+        saved = store.saved_config(path, store.read_meta(path))
+        parts = state.template(self.state, saved.parallel == self.config.parallel, saved.checkpoint.fully_reshardable)
+        state.restore(self.state, store.load(path, parts))
 
     @property
     def writer(self):
@@ -118,8 +121,9 @@ def folder(tmp_path) -> Path:
     return make_folder(tmp_path)
 
 
-def layout(dtype="fp32", layers=2, **parallel):
+def layout(dtype="fp32", layers=2, fully_reshardable=True, **parallel):
     return settings(
+        checkpoint={"fully_reshardable": fully_reshardable},
         model={"num_layers": layers},
         precision={"dtype": dtype},
         parallel=parallel,
@@ -154,6 +158,15 @@ TWO_RANKS = {
     "bf16, data 2, plain optimizer": layout("bf16", data=2, distributed_optimizer=False),
     "bf16, tensor 2": layout("bf16", tensor=2),
     "bf16, data 2, overlapped": layout("bf16", data=2, overlap_grad_reduce=True, overlap_param_gather=True),
+    "bf16, data 2, in buckets": layout("bf16", data=2, fully_reshardable=False),
+    "fp32, context 2, in overlapped buckets": layout(
+        fully_reshardable=False,
+        context=2,
+        overlap_grad_reduce=True,
+        overlap_param_gather=True,
+        bucket_size=2000,
+    ),
+    "bf16, four chunks, in buckets": layout("bf16", layers=4, pipeline=2, virtual_pipeline=2, fully_reshardable=False),
     "fp32, tensor 2": layout(tensor=2),
     "fp32, four chunks": layout(layers=4, pipeline=2, virtual_pipeline=2),
     "bf16, four chunks, plain optimizer": layout(
@@ -165,6 +178,12 @@ OTHER_LAYOUTS = {  # saved under, loaded under
     "data 2 -> tensor 2": ("fp32, data 2", 2, layout(tensor=2)),
     "tensor 2 -> 1": ("fp32, tensor 2", 1, layout()),
     "tensor 2 -> data 2": ("fp32, tensor 2", 2, layout(data=2)),
+    "in buckets, data 2 -> 1": ("bf16, data 2, in buckets", 1, layout("bf16")),
+    "in buckets, context 2 -> data 2": (
+        "fp32, context 2, in overlapped buckets",
+        2,
+        layout(data=2, overlap_grad_reduce=True, bucket_size=2000),
+    ),
     "1 -> tensor 2": ("alone", 2, layout(tensor=2)),
     "1 -> data 2": ("alone", 2, layout(data=2)),
     "four chunks -> 1": ("fp32, four chunks", 1, layout(layers=4)),
@@ -221,7 +240,7 @@ def load_as_megatron_would(rank: int, path: Path) -> str:
     from tidar_mega.checkpoint import state
 
     trainer = Trainer(layout(), path.parent.parent)
-    loaded = dist_checkpointing.load(state.template(trainer.state, True), str(path))
+    loaded = dist_checkpointing.load(state.template(trainer.state, True, True), str(path))
     try:
         trainer.state.optimizer.load_state_dict(loaded["optimizer"])
     except KeyError as error:
@@ -237,7 +256,7 @@ def refuse(rank: int, path: Path, model: dict) -> str:
     config = config_module.from_tree({**config_module.to_tree(layout()), "model": model})
     trainer = Trainer(config, path.parent.parent)
     with pytest.raises(CheckpointError) as error:
-        store.load(path, state.template(trainer.state, True))
+        store.load(path, state.template(trainer.state, True, True))
     return str(error.value)
 
 
@@ -738,6 +757,22 @@ def test_a_copy_that_somebody_keeps_is_no_checkpoint_of_the_run(folder):
     assert checkpoints.newest().name == "step_00000001"
     checkpoints._publish(draft_of(folder, 2))
     assert names(folder) == ["step_00000001.best", "step_00000001_backup", "step_00000002"]
+
+
+@pytest.mark.parametrize("change", [{"tensor": 2}, {"overlap_grad_reduce": True, "bucket_size": 2000}])
+def test_buckets_load_into_the_same_buckets_alone(change, tmp_path):
+    saved = layout(fully_reshardable=False)
+    key = next(iter(change))
+    with pytest.raises(CheckpointError, match=f"parallel.{key} = .*fully_reshardable=true before"):
+        _check_buckets(tmp_path, saved, layout(fully_reshardable=True, **change))
+    _check_buckets(tmp_path, saved, layout(data=2, context=2))
+
+
+def test_every_so_many_steps_one_is_kept(folder):
+    checkpoints = CheckpointStore(folder / "checkpoints", keep_last=1, keep_every=4)
+    for step in range(2, 12, 2):
+        checkpoints._publish(draft_of(folder, step))
+    assert names(folder) == ["step_00000004", "step_00000008", "step_00000010"]
 
 
 def test_steps_of_more_digits_are_newer(folder):

@@ -268,7 +268,7 @@ def save_and_go_on(rank: int, config: config_module.Config, folder: Path):
     }
     checkpoints = CheckpointStore(folder, keep_last=2)
     tokenizer = trainer.stream.tokenizer_folder
-    checkpoints.begin(trainer.mesh, 5, state.sharded(trainer.state), meta, tokenizer, 0)
+    checkpoints.begin(trainer.mesh, 5, state.sharded(trainer.state, True), meta, tokenizer, 0)
     path = checkpoints.finish(trainer.mesh, wait=True)
     return path, [trainer.step() for _ in range(5)]
 

@@ -25,11 +25,11 @@ RANDOM = "random"  # the key of the random states on disk
 _KINDS_OF_GROUPS = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
 
 
-def sharding() -> dict:
-    """How megatron lays out the state. Its default for the distributed optimizer cannot be saved; this one loads under
-    any layout. A new dict each time, as megatron adds the groups of the moment to it."""
+def _sharding(fully_reshardable: bool = True) -> dict:
+    """How megatron lays out the state (checkpoint.fully_reshardable); its own default cannot be saved. A new dict each
+    time, as megatron adds the groups of the moment to it."""
     return {
-        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_sharding_type": "fully_reshardable" if fully_reshardable else "dp_reshardable",
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,
     }
@@ -62,26 +62,28 @@ class TrainState:
     window: dict[str, Tensor] = field(default_factory=dict)
 
 
-def sharded(state: TrainState) -> dict:
+def sharded(state: TrainState, fully_reshardable: bool) -> dict:
     """Collective. Everything as megatron's sharded state dict, to be saved."""
     for chunk in state.chunks:
         if chunk.ddp_config.overlap_param_gather:  # else only the next forward would gather the new weights
             chunk.start_param_sync(force_sync=True)
-    return {**_template(state, is_loading=False), "random": _random_states()}
+    return {**_template(state, fully_reshardable, is_loading=False), "random": _random_states()}
 
 
-def template(state: TrainState, same_layout: bool) -> dict:
-    """What `store.load` fills in. Random states belong to model-parallel ranks: another layout of them has none.
+def template(state: TrainState, same_layout: bool, fully_reshardable: bool) -> dict:
+    """What `store.load` fills in, of a checkpoint that was made with this `fully_reshardable`.
 
-    Nothing is lost without them: what training draws is a function of the sample, and dropout is not used.
+    Random states belong to model-parallel ranks: another layout of them has none. Nothing is lost without them: what
+    training draws is a function of the sample, and dropout is not used.
     """
-    parts = _template(state, is_loading=True)
+    parts = _template(state, fully_reshardable, is_loading=True)
     return {**parts, "random": _random_states()} if same_layout else parts
 
 
-def _template(state: TrainState, is_loading: bool) -> dict:
+def _template(state: TrainState, fully_reshardable: bool, is_loading: bool) -> dict:
     parts = {name: _weights(model, model.has_adapters) for name, model in _chunks(state).items()}
-    parts["optimizer"] = state.optimizer.sharded_state_dict(parts, is_loading=is_loading, metadata=sharding())
+    how = _sharding(fully_reshardable)
+    parts["optimizer"] = state.optimizer.sharded_state_dict(parts, is_loading=is_loading, metadata=how)
     parts["scheduler"] = state.scheduler.state_dict()
     parts["progress"] = asdict(state.progress)
     parts["window"] = dict(state.window)
@@ -110,7 +112,7 @@ def sharded_base(chunks: list[HybridGPT]) -> dict:
 
 def _weights(model: HybridGPT, adapters: bool) -> dict:
     """The adapters alone, or all other weights."""
-    whole = model.sharded_state_dict(metadata=sharding())
+    whole = model.sharded_state_dict(metadata=_sharding())
     return {name: weight for name, weight in whole.items() if lora.is_adapter(name) == adapters}
 
 

@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from tidar_mega import config as config_module
 from tidar_mega.checkpoint.checksums import changed_files, checksum, take_sum
 from tidar_mega.checkpoint.faults import by_rank, fault, first_line, is_of_content
-from tidar_mega.checkpoint.state import RANDOM, sharding
+from tidar_mega.checkpoint.state import RANDOM
 from tidar_mega.checkpoint.writing import Writer
 from tidar_mega.config import Config, UserError
 from tidar_mega.config.errors import storage_error
@@ -54,9 +54,9 @@ class CheckpointError(UserError):
 class CheckpointStore:
     """The checkpoints of one run, newest last. At most one is being written at a time."""
 
-    def __init__(self, folder: Path, keep_last: int) -> None:
+    def __init__(self, folder: Path, keep_last: int, keep_every: int = 0) -> None:
         self.folder = folder
-        self.keep_last = keep_last
+        self.keep_last, self.keep_every = keep_last, keep_every
         self.latest: Path | None = None  # published or being written by this run, or the one it goes on from
         self._writer = Writer()
         self._draft: _Draft | None = None
@@ -64,7 +64,7 @@ class CheckpointStore:
     def published(self) -> list[Path]:
         """Those of this run, oldest first; a copy that somebody keeps beside them has another name."""
         ours = (p for p in self.folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", p.name))
-        return sorted((p for p in ours if (p / _META).is_file()), key=lambda p: int(p.name.removeprefix("step_")))
+        return sorted((p for p in ours if (p / _META).is_file()), key=_step)
 
     def newest(self) -> Path | None:
         return next(reversed(self.published()), None)
@@ -89,7 +89,7 @@ class CheckpointStore:
         draft = _Draft(self.folder / f".{final.name}.unfinished", final, meta, tokenizer)
         mesh.on_main(_on_disk(draft.folder, lambda: _fresh_folder(self.folder, draft.folder, size)))
         try:
-            self._writer.begin(parts, str(draft.folder), sharding(), mesh.sharded_data)
+            self._writer.begin(parts, str(draft.folder), mesh.sharded_data)
         except _MEGATRON_ERRORS as error:  # of this rank alone, so nothing is exchanged; the launcher ends the others
             _give_up_alone(draft.folder, error)
         self._draft, self.latest = draft, final
@@ -134,7 +134,8 @@ class CheckpointStore:
         folder.rename(draft.final)
         _flush(self.folder)
         for old in self.published()[: -self.keep_last]:
-            _take_away(old)
+            if not self.keep_every or _step(old) % self.keep_every:
+                _take_away(old)
 
 
 class _Growth:
@@ -169,6 +170,10 @@ class _Draft:
     final: Path
     meta: dict
     tokenizer: Path
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
 
 
 def resolve(path: Path) -> Path:

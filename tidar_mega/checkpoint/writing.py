@@ -42,7 +42,7 @@ class Writer:
         self.calls = AsyncCallsQueue()
         self.results: _Results | None = None
 
-    def begin(self, parts: dict, folder: str, metadata: dict, replicas: ProcessGroup) -> None:
+    def begin(self, parts: dict, folder: str, replicas: ProcessGroup) -> None:
         """Collective. Starts to write `parts` into `folder`; on return they may change.
 
         What several ranks hold is divided among them; `replicas` are the ranks that hold the same weights.
@@ -50,9 +50,7 @@ class Writer:
         assert not self.calls.async_calls, "one save at a time"
         self.results = filesystem_async._results_queue = _Results()
         divided = FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy(*_FORMAT, thread_count=1), replicas)
-        request = dist_checkpointing.save(
-            parts, folder, divided, async_sharded_save=True, content_metadata=metadata, **_OWN
-        )
+        request = dist_checkpointing.save(parts, folder, divided, async_sharded_save=True, **_OWN)
         if request.async_fn is not None:  # else this rank has nothing to write
             # megatron's own function forks once more for each file, and hangs if one of those processes is killed
             transforms, _ = request.async_fn.args

@@ -62,6 +62,7 @@ _ZERO_OR_MORE = (
     "train.chain_weight",
     "model.mtp_num_layers",
     "lora.rank",
+    "checkpoint.keep_every",
     "health.hang_minutes",
     "health.straggler_factor",
     "health.spike_sigmas",
@@ -205,6 +206,11 @@ def _check_parallel(config: Config) -> None:
         ok = p.distributed_optimizer and p.overlap_grad_reduce
         require(ok, "parallel.overlap_param_gather", True, allowed)
     require(p.bucket_size is None or p.bucket_size > 0, "parallel.bucket_size", p.bucket_size, "1 or more, or null")
+    if not config.checkpoint.fully_reshardable and p.distributed_optimizer:
+        allowed = "true with parallel.overlap_grad_reduce and parallel.bucket_size = null: megatron's own size goes by "
+        allowed += "the number of replicas, and the buckets must be the same at a resume"
+        ok = not p.overlap_grad_reduce or p.bucket_size is not None
+        require(ok, "checkpoint.fully_reshardable", False, allowed, "or set parallel.bucket_size, such as to 40000000")
     _check_offload(config)
     minutes, allowed = p.timeout_minutes, "from 0.01 to 100000"  # what the clocks of torch's backends can count
     require(0.01 <= minutes <= 100_000, "parallel.timeout_minutes", minutes, allowed)
@@ -254,6 +260,8 @@ def _check_offload(config: Config) -> None:
     require(precision.dtype == "bf16", key, share, allowed)
     allowed = "0 with precision.fp8_param_gather: its float32 copies would be made from the FP8 weights"
     require(not precision.fp8_param_gather, key, share, allowed)
+    allowed = "0 with checkpoint.fully_reshardable = false: its parts on the host would not be loaded"
+    require(config.checkpoint.fully_reshardable, key, share, allowed)
 
 
 def _check_precision(config: Config) -> None:

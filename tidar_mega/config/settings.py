@@ -137,7 +137,11 @@ class PrecisionConfig:
 class CheckpointConfig:
     interval: int = 200  # steps between saves; the last step is always saved
     keep_last: int = 2
+    keep_every: int = 0  # of steps that are a multiple of it, all checkpoints are kept, too; 0 = none
     asynchronous: bool = False  # write in a process beside the training, which goes on meanwhile
+    # optimizer state that loads under any layout, for which each rank gathers that of its replica in host memory (12
+    # bytes for each of its weights); false: that loads with another number of replicas alone, and nothing is gathered
+    fully_reshardable: bool = True
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,8 @@ class Run:
             work.end()
             roll_call.at(roll_call.place.step, "exchange of gradients and update")
 
-        checkpoints = CheckpointStore(Path(config.run_dir) / "checkpoints", config.checkpoint.keep_last)
+        kept = config.checkpoint.keep_last, config.checkpoint.keep_every
+        checkpoints = CheckpointStore(Path(config.run_dir) / "checkpoints", *kept)
         newest = checkpoints.open(mesh)
         models = gpt.build(config, tokenizer.vocab_size, draw=newest is None, progress=roll_call.progress)
         base = Base.find(config, mesh, newest) if config.lora.rank or newest is None else None
@@ -165,7 +166,8 @@ class Run:
         }
         if self.base is not None:
             meta["base"] = self.base.meta
-        parts, size = checkpoint_state.sharded(self.state), checkpoint_state.size_bytes(self.state)
+        parts = checkpoint_state.sharded(self.state, self.task.config.checkpoint.fully_reshardable)
+        size = checkpoint_state.size_bytes(self.state)
         tokenizer = self.stream.tokenizer_folder
         self.checkpoints.begin(self.task.mesh, progress.step, parts, meta, tokenizer, size)
 

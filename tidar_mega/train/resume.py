@@ -8,6 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 from typing import TextIO
 
@@ -30,6 +31,21 @@ _FIXED = {
     "precision": ["dtype"],
     "parallel": ["distributed_optimizer"],
 }
+
+
+# What decides the order of the weights on a rank, and where they are cut.
+_BUCKETS = (
+    "parallel.tensor",
+    "parallel.pipeline",
+    "parallel.virtual_pipeline",
+    "parallel.first_stage_layers",
+    "parallel.last_stage_layers",
+    "parallel.overlap_grad_reduce",
+    "parallel.bucket_size",
+    "precision.layers",
+    "precision.fp8",
+    "precision.fp8_param_gather",
+)
 
 
 def lock_folder(folder: Path, patience_seconds: float = 0.0, waiting: Callable[[], None] = lambda: None) -> TextIO:
@@ -102,10 +118,25 @@ def resume(
                 )
     if base is not None:
         base.check_adapters(path, meta)
+    is_reshardable = saved.checkpoint.fully_reshardable
+    if saved.parallel.distributed_optimizer and not is_reshardable:
+        _check_buckets(path, saved, config)
     same_layout = _layout(saved) == _layout(config)
-    checkpoint_state.restore(state, store.load(path, checkpoint_state.template(state, same_layout)))
+    checkpoint_state.restore(state, store.load(path, checkpoint_state.template(state, same_layout, is_reshardable)))
     optim.apply_settings(config, state.optimizer)
     state.scheduler.step(0)
+
+
+def _check_buckets(path: Path, saved: Config, config: Config) -> None:
+    """Optimizer state that was saved as the buckets of the distributed optimizer must meet the same buckets."""
+    for key in _BUCKETS:
+        was, now = (attrgetter(key)(c) for c in (saved, config))
+        if was != now:
+            raise CheckpointError(
+                f"{key} = {now}: the checkpoint {path} was made with {was}, and with checkpoint.fully_reshardable = "
+                "false, which loads with another number of replicas alone; set it back, and to change it let the run "
+                "save once with checkpoint.fully_reshardable=true before"
+            )
 
 
 def _layout(config: Config) -> tuple[int, int]:
