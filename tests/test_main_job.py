@@ -316,6 +316,35 @@ def test_a_resume_with_another_method_or_block_is_refused(work, setting, said):
     assert said in out and "was made with" in out and "Traceback" not in out
 
 
+def test_a_new_run_goes_on_from_another_also_on_other_sequences(work):
+    """With its weights, optimizer and schedule: the same steps as the run itself would have made."""
+    source = "train.continue_from=whole/checkpoints/step_00000015"
+    out = tidar(work, "pretrain", "run.yaml", "run_dir=forked", source)
+    assert "goes on from whole/checkpoints/step_00000015, step 15, behind its samples" in out
+    assert losses(work, "forked") == {16: losses(work, "whole")[16]}
+    longer = ("train.continue_from=whole", "data.seq_length=128", "model.rotary_base=5.0e4", "train.steps=18")
+    out = tidar(work, "pretrain", "run.yaml", "run_dir=longer", *longer)
+    assert "step 16, from the first sample of data.path" in out
+    assert [(step, line["samples"]) for step, line in metrics(work, "longer").items()] == [(17, 8), (18, 16)]
+    learnt, before = (metrics(work, "whole")[step]["loss"] for step in (16, 1))
+    for line in metrics(work, "longer").values():
+        assert abs(line["loss"] - learnt) < (before - learnt) / 2
+    assert "already done" in tidar(work, "pretrain", "run.yaml", "run_dir=longer", *longer)
+
+
+@pytest.mark.parametrize(
+    "override, said",
+    [
+        ("train.continue_from=nowhere", "train.continue_from = nowhere: .*no checkpoint there"),
+        ("model.num_layers=4", "train.continue_from = whole: model.num_layers = 4: the checkpoint .* was made with 2"),
+        ("train.init_from=whole", "train.continue_from = whole: must be null with"),
+    ],
+)
+def test_a_run_that_cannot_go_on_from_another_is_refused(work, override, said):
+    out = tidar(work, "pretrain", "run.yaml", "run_dir=refused", "train.continue_from=whole", override, code=2)
+    assert re.search(said, out) and "Traceback" not in out
+
+
 def test_one_killed_rank_ends_the_run_in_seconds_and_nothing_is_lost(work):
     """The other rank waits in a collective that would only time out after minutes."""
 

@@ -95,9 +95,8 @@ class Base:
 
     def _load_hugging_face(self, chunks: list[HybridGPT], config: Config, tokenizer: Path) -> dict:
         model = hugging_face.Model(self.path)
-        for name, was in model.shape.items():
-            _require_same(self.path, name, was, getattr(config.model, name))
-        if _tokens(self.path) != _tokens(tokenizer):
+        _require_same(self.path, model.shape, config)
+        if tokens(self.path) != tokens(tokenizer):
             raise CheckpointError(
                 f"train.init_from = {self.path}: its tokenizer is not that of data.path; {_PREPARE} {self.path}"
             )
@@ -121,9 +120,8 @@ def _path(config: Config, adapters: Path | None) -> Path:
 
 def _check(path: Path, meta: dict, config: Config, vocab_size: int, tokenizer: Path) -> None:
     saved = store.saved_config(path, meta)
-    for name in SHAPE:
-        _require_same(path, name, getattr(saved.model, name), getattr(config.model, name))
-    if meta["vocab_size"] != vocab_size or _tokens(path / "tokenizer") != _tokens(tokenizer):
+    _require_same(path, {name: getattr(saved.model, name) for name in SHAPE}, config)
+    if meta["vocab_size"] != vocab_size or tokens(path / "tokenizer") != tokens(tokenizer):
         raise CheckpointError(
             f"train.init_from = {path}: its tokenizer ({meta['vocab_size']} ids) is not that of data.path "
             f"({vocab_size} ids); {_PREPARE} {path / 'tokenizer'}"
@@ -135,15 +133,19 @@ def setting(name: str) -> str:
     return {"head_width": "kv_channels"}.get(name, name)
 
 
-def _require_same(path: Path, name: str, was: object, now: object) -> None:
-    if was != now:
+def _require_same(path: Path, shape: dict[str, object], config: Config) -> None:
+    """Raises CheckpointError that names all settings of the model which differ from the `shape` of the weights."""
+    wrong = {name: was for name, was in shape.items() if was != getattr(config.model, name)}
+    if wrong:
+        now = ", ".join(f"model.{setting(name)} = {getattr(config.model, name)}" for name in wrong)
+        way_out = " ".join(f"model.{setting(name)}={was}" for name, was in wrong.items())
         raise CheckpointError(
-            f"model.{setting(name)} = {now}: train.init_from = {path} was made with {was}; "
-            "set it to that, or begin from another checkpoint"
+            f"{now}: train.init_from = {path} was made with {', '.join(map(str, wrong.values()))}; "
+            f"set {way_out}, or begin from another checkpoint"
         )
 
 
-def _tokens(folder: Path) -> tuple:
+def tokens(folder: Path) -> tuple:
     """Vocabulary and merges of a byte-level BPE, of whatever version of the tokenizers library."""
     try:
         if (folder / "tokenizer.json").is_file():

@@ -102,6 +102,10 @@ def check(config: Config) -> None:
     health = config.health
     ok = health.spike_sigmas > 0 or not health.skip_spikes
     require(ok, "health.skip_spikes", True, "false with health.spike_sigmas = 0, which finds none")
+    if t.continue_from is not None:
+        way_out = "the base of adapters, or another run's weights without its optimizer"
+        ok = t.init_from is None and config.lora.rank == 0
+        require(ok, "train.continue_from", t.continue_from, f"null with lora.rank or train.init_from, {way_out}")
     if t.balance_clean:
         require(config.method == "idlm", "train.balance_clean", True, f"false with method = {config.method}")
     require(0 < t.draft_fraction <= 1, "train.draft_fraction", t.draft_fraction, "above 0 and at most 1")

@@ -51,6 +51,9 @@ class TrainConfig:
     micro_batch_size: int = 8  # sequences of one forward on one process
     seed: int = 1234
     init_from: str | None = None  # whose weights a new run begins with: a run, a checkpoint or a Hugging Face folder
+    # a run or checkpoint that a new run goes on from: weights, optimizer, step and schedule; other data may follow, or
+    # another data.seq_length, train.seed, train.block or model.rotary_base
+    continue_from: str | None = None
     block: int = 4  # masks of a block: the draft length (B), AR's own token counted by method tidar, not by idlm
     alpha: float = 1.0  # loss = (alpha * CE_AR + CE_draft) / (1 + alpha), of methods tidar and block_diffusion
     clean_weight: float = 0.2  # method idlm: loss = CE_draft + clean_weight * CE_AR

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
@@ -20,11 +21,12 @@ from tidar_mega.data.mixture import open_data
 from tidar_mega.data.stream import Samples
 from tidar_mega.model import gpt
 from tidar_mega.parallel.mesh import Mesh
+from tidar_mega.rows import Rows
 from tidar_mega.train import optim
 from tidar_mega.train.health import StopRequest, anywhere, spike
 from tidar_mega.train.metrics import MetricsLog
 from tidar_mega.train.profiler import Profiler
-from tidar_mega.train.resume import lock_folder, resume
+from tidar_mega.train.resume import continue_from, find_origin, lock_folder, resume
 from tidar_mega.train.roll_call import NoRollCall, RollCall
 from tidar_mega.train.step import Sums, Task, accumulate_gradients, micro_batches, summarise, validate
 from tidar_mega.train.stragglers import OwnWork
@@ -86,6 +88,8 @@ class Run:
     profiler: Profiler
     roll_call: RollCall | NoRollCall
     base: Base | None = None  # the frozen weights under adapters
+    reader: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "samples"))
+    next_samples: Future[list[Rows]] | None = None  # being read
     speed: Speed = field(default_factory=lambda: Speed())
 
     def at(self, doing: str) -> None:
@@ -111,7 +115,8 @@ class Run:
         kept = config.checkpoint.keep_last, config.checkpoint.keep_every
         checkpoints = CheckpointStore(Path(config.run_dir) / "checkpoints", *kept)
         newest = checkpoints.open(mesh)
-        models = gpt.build(config, tokenizer.vocab_size, draw=newest is None, progress=roll_call.progress)
+        origin = newest or find_origin(config, mesh)
+        models = gpt.build(config, tokenizer.vocab_size, draw=origin is None, progress=roll_call.progress)
         base = Base.find(config, mesh, newest) if config.lora.rank or newest is None else None
         roll_call.at(0, "reading the newest checkpoint")
         if base is not None:  # before the optimizer makes its float32 copies
@@ -120,14 +125,17 @@ class Run:
         chunks = optim.wrap(config, models, before_exchange)
         optimizer = optim.build_optimizer(config, chunks)
         state = TrainState(chunks, optimizer, optim.build_scheduler(config, optimizer), Progress())
-        if newest is not None:
+        if origin is not None:
             with roll_call.reading():
-                resume(newest, config, mesh, stream, state, base)
+                if newest is not None:
+                    resume(newest, config, mesh, stream, state, base)
+                else:
+                    continue_from(origin, config, mesh, stream, state)
         token_bytes = torch.as_tensor(tokenizer.token_bytes).to(device.device())
         task = Task(config, mesh, method, chunks, token_bytes, roll_call.progress)
         log = MetricsLog(config, mesh.is_main, state.progress.step)
         drawn = next(micro_batches(task, stream, 0, 1)) if mesh.is_main else None
-        log.start(_describe(config, mesh, chunks, newest, state.progress, base), drawn)
+        log.start(_describe(config, mesh, chunks, newest, origin, state.progress, base), drawn)
         frozen = base if config.lora.rank else None
         profiler, step = Profiler(config, mesh), state.progress.step
         return cls(task, state, stream, held_out, checkpoints, log, step, lock, work, profiler, roll_call, frozen)
@@ -177,7 +185,7 @@ class Run:
         self.profiler.before(progress.step + 1)
         self.at("reading samples")
         started = time.perf_counter()
-        batch = list(micro_batches(self.task, self.stream, progress.samples, config.train.global_batch_size))
+        batch = self._samples()
         self.work.add(time.perf_counter() - started)
         self.at("forward and backward")
         sums = accumulate_gradients(self.task, batch, self.work.begin)
@@ -200,6 +208,19 @@ class Run:
                 self.log.accepted(progress.step, self.state.window["accepted_lengths"].tolist())
             self.state.window, self.speed = {}, Speed()
         self.profiler.after(progress.step)
+
+    def _samples(self) -> list[Rows]:
+        """The rows of this step; those of the next are read beside it, as storage may take as long as a forward."""
+        count, steps = self.task.config.train.global_batch_size, self.task.config.train.steps
+        first, following = self.state.progress.samples, self.state.progress.samples + count
+
+        def read(first: int) -> list[Rows]:
+            return list(micro_batches(self.task, self.stream, first, count))
+
+        batch = self.next_samples.result() if self.next_samples else read(first)
+        is_last = self.state.progress.step + 1 == steps
+        self.next_samples = None if is_last else self.reader.submit(read, following)
+        return batch
 
     def _judge(self, sums: Sums) -> bool:
         """The spike policy: a loss that jumps is told and counted. Whether the update is to be made."""
@@ -269,10 +290,19 @@ class Speed:
 
 
 def _describe(
-    config: Config, mesh: Mesh, chunks: list, newest: Path | None, progress: Progress, base: Base | None
+    config: Config,
+    mesh: Mesh,
+    chunks: list,
+    newest: Path | None,
+    origin: Path | None,
+    progress: Progress,
+    base: Base | None,
 ) -> str:
     parameters = sum(p.numel() for chunk in chunks for p in chunk.parameters())
     start = f"resumed from {newest}, step {progress.step}" if newest else "from scratch"
+    if origin is not None and newest is None:
+        text = "behind its samples" if progress.samples else "from the first sample of data.path"
+        start = f"goes on from {origin}, step {progress.step}, {text}"
     if base is not None:
         over = f"over the frozen {base.path}"
         start = (f"{start} {over}" if newest else over) if config.lora.rank else f"from {base.path}"

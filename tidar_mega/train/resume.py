@@ -7,14 +7,14 @@ import fcntl
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from operator import attrgetter
 from pathlib import Path
 from typing import TextIO
 
 from tidar_mega.checkpoint import state as checkpoint_state
 from tidar_mega.checkpoint import store
-from tidar_mega.checkpoint.base import SHAPE, Base, setting
+from tidar_mega.checkpoint.base import SHAPE, Base, setting, tokens
 from tidar_mega.checkpoint.state import TrainState
 from tidar_mega.checkpoint.store import CheckpointError
 from tidar_mega.config import Config, LostError, UserError
@@ -46,6 +46,11 @@ _BUCKETS = (
     "precision.fp8",
     "precision.fp8_param_gather",
 )
+
+
+_MAY_CHANGE = {"seq_length", "seed", "block", "rotary_base"}  # of these, where a new run goes on
+_ORDER = ("data.seq_length", "train.seed")  # with the data, what a sample index means
+_ANEW = "another run_dir, to start anew or with train.continue_from"
 
 
 def lock_folder(folder: Path, patience_seconds: float = 0.0, waiting: Callable[[], None] = lambda: None) -> TextIO:
@@ -97,32 +102,72 @@ def resume(
         if len(config.data.folders) == len(saved.data.folders) == 1 or was == now:
             raise CheckpointError(
                 f"data.path = {config.data.path}: its index or tokenizer is not the one that {path} was trained on; "
-                "give back that corpus, or set another run_dir to start anew"
+                f"give back that corpus, or set {_ANEW}"
             )
-        raise CheckpointError(
-            f"{now}: the checkpoint {path} was made with {was}; set them back, or set another run_dir, and "
-            "train.init_from to begin with these weights"
-        )
+        raise CheckpointError(f"{now}: the checkpoint {path} was made with {was}; set them back, or set {_ANEW}")
+    _require_same(path, saved, config, _FIXED)
+    if base is not None:
+        base.check_adapters(path, meta)
+    _restore(path, saved, config, state)
+
+
+def find_origin(config: Config, mesh: Mesh) -> Path | None:
+    """Collective. The checkpoint that `train.continue_from` means, the same on every rank. Raises CheckpointError."""
+    if config.train.continue_from is None:
+        return None
+    with _named(config):
+        return mesh.same(mesh.on_main(lambda: store.resolve(Path(config.train.continue_from))))
+
+
+def continue_from(path: Path, config: Config, mesh: Mesh, stream: Samples, state: TrainState) -> None:
+    """Collective. As `resume`, for a new run whose data and sequences may be others: it then begins with their first
+    sample, else it goes on behind those that the checkpoint was trained on."""
+    with _named(config):
+        meta = store.shared_meta(path, mesh)
+        saved = store.saved_config(path, meta)
+        if tokens(path / "tokenizer") != tokens(stream.tokenizer_folder):
+            raise CheckpointError(
+                f"its tokenizer is not that of data.path = {config.data.path}; prepare the text with it: "
+                f"tidar prepare ... --tokenizer {path / 'tokenizer'}"
+            )
+        _require_same(path, saved, config, {section: set(names) - _MAY_CHANGE for section, names in _FIXED.items()})
+        _restore(path, saved, config, state)
+    is_same_text = meta["data_fingerprint"] == stream.fingerprint
+    if not is_same_text or any(attrgetter(key)(saved) != attrgetter(key)(config) for key in _ORDER):
+        state.progress.samples = 0
+    state.window = {}  # a log line is of one run
+
+
+@contextlib.contextmanager
+def _named(config: Config) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"train.continue_from = {config.train.continue_from}: {error}") from None
+
+
+def _require_same(path: Path, saved: Config, config: Config, fixed: dict[str, Iterable[str]]) -> None:
     if saved.method != config.method:
         raise CheckpointError(
             f"method = {config.method}: the checkpoint {path} was made with {saved.method}; set it back, or set "
             "another run_dir, and train.init_from to begin with these weights"
         )
-    for section, names in _FIXED.items():
+    for section, names in fixed.items():
         for name in names:
             was, now = (getattr(getattr(c, section), name) for c in (saved, config))
             if was != now:
                 raise CheckpointError(
                     f"{section}.{setting(name)} = {now}: the checkpoint {path} was made with {was}; "
-                    "set it back, or set another run_dir to start anew"
+                    f"set it back, or set {_ANEW}"
                 )
-    if base is not None:
-        base.check_adapters(path, meta)
-    is_reshardable = saved.checkpoint.fully_reshardable
-    if saved.parallel.distributed_optimizer and not is_reshardable:
+    if saved.parallel.distributed_optimizer and not saved.checkpoint.fully_reshardable:
         _check_buckets(path, saved, config)
-    same_layout = _layout(saved) == _layout(config)
-    checkpoint_state.restore(state, store.load(path, checkpoint_state.template(state, same_layout, is_reshardable)))
+
+
+def _restore(path: Path, saved: Config, config: Config, state: TrainState) -> None:
+    is_same_layout = _layout(saved) == _layout(config)
+    parts = checkpoint_state.template(state, is_same_layout, saved.checkpoint.fully_reshardable)
+    checkpoint_state.restore(state, store.load(path, parts))
     optim.apply_settings(config, state.optimizer)
     state.scheduler.step(0)
 
