@@ -31,7 +31,7 @@ def learning_rates(rank: int, config) -> list[float]:
     return rates
 
 
-def expected(schedule: str, step: int) -> float:
+def expected(schedule: str, style: str, step: int) -> float:
     """Warm-up of 4 steps to 1e-2, then down to 1e-3 at step 20 (the decay of wsd takes the last 6)."""
     top, low, warmup = 1e-2, 1e-3, 4
     if step <= warmup:
@@ -42,15 +42,20 @@ def expected(schedule: str, step: int) -> float:
         share = (step - warmup) / (STEPS - warmup)
     else:
         share = max(0.0, (step - (STEPS - 6)) / 6)
-    return low + (top - low) * 0.5 * (1 + math.cos(math.pi * share))
+    left = {"cosine": 0.5 * (1 + math.cos(math.pi * share)), "linear": 1 - share, "minus_sqrt": 1 - math.sqrt(share)}
+    return low + (top - low) * left[style]
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
-def test_the_learning_rate_is_the_formulas(schedule):
+@pytest.mark.parametrize(
+    "schedule, style",
+    [("cosine", "cosine"), ("wsd", "cosine"), ("wsd", "linear"), ("wsd", "minus_sqrt"), ("constant", "cosine")],
+)
+def test_the_learning_rate_is_the_formulas(schedule, style):
     optimizer = {"lr": 1e-2, "min_lr": 1e-3, "schedule": schedule, "warmup_steps": 4, "decay_steps": 6}
+    optimizer["decay_style"] = style
     (rates,) = processes.run(learning_rates, 1, settings(train={"steps": STEPS}, optimizer=optimizer))
-    assert rates == pytest.approx([expected(schedule, step) for step in range(STEPS)], rel=1e-6)
+    assert rates == pytest.approx([expected(schedule, style, step) for step in range(STEPS)], rel=1e-6)
 
 
 def three_steps(rank: int, config):
@@ -94,7 +99,7 @@ def adamw(weights: dict, config) -> dict:
         _, gradient = plain_step(weights, config)
         norm = torch.stack([g.square().sum() for g in gradient.values()]).sum().sqrt()
         scale = min(1.0, o.clip_grad / (norm + 1e-6))
-        lr = expected("cosine", step)
+        lr = expected("cosine", "cosine", step)
         for name, w in weights.items():
             g = gradient[name] * scale
             first[name] = o.beta1 * first[name] + (1 - o.beta1) * g

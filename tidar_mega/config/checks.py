@@ -94,6 +94,7 @@ def check(config: Config) -> None:
     _choice("precision.fp8_format", config.precision.fp8_format, ("hybrid", "e4m3"))
     _choice("parallel.recompute", p.recompute, ("none", "selective", "full"))
     _choice("optimizer.schedule", o.schedule, ("cosine", "wsd", "constant"))
+    _choice("optimizer.decay_style", o.decay_style, ("cosine", "linear", "exponential", "minus_sqrt"))
     for key in ("position_weight", "focal_weight", "chain_weight"):
         if not config.traits.drafts_blocks or config.traits.masks_in_part:
             reason = "has blocks that are masked in part" if config.traits.masks_in_part else "drafts no blocks"

@@ -89,7 +89,8 @@ class OptimizerConfig:
     min_lr: float = 1e-4
     schedule: str = "cosine"  # cosine | wsd (warm-up, stable, decay) | constant
     warmup_steps: int = 50
-    decay_steps: int = 100  # length of the final decay of `wsd`
+    decay_steps: int = 100  # length of the final decay of `wsd`,
+    decay_style: str = "cosine"  # and its form: cosine | linear | exponential | minus_sqrt
     weight_decay: float = 0.1  # not applied to biases and norms
     beta1: float = 0.9
     beta2: float = 0.95

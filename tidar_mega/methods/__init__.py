@@ -6,7 +6,6 @@ import hashlib
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -53,21 +52,24 @@ class Drafter:
 IN_PLACE = Drafter()  # TiDAR's: masks of a group see one another and predict their own places
 
 
-class Method(Protocol):
-    """What a file of this folder provides under the name METHOD (a class built from config and mask id)."""
+class Method:
+    """What a file of this folder provides under the name METHOD: a subclass, built from config and mask id."""
 
     terms: tuple[Term, ...]
-    drafts: DraftTerms  # losses of whole drafts, on top of the terms
-    drafter: Drafter | None  # None of a method that does not continue prompts (decode/diffusion.py samples it)
+    drafts = DraftTerms()  # losses of whole drafts, on top of the terms
+    drafter: Drafter | None = None  # of a method that does not continue prompts (decode/diffusion.py samples it)
 
     def training_rows(self, clean: Rows, sample: Tensor) -> Rows:
         """The rows of one forward. `clean` [B, S] is the packed text, `sample` int64 [B] its global sample indices."""
+        raise NotImplementedError
 
     def statistics(self, rows: Rows, losses: RowLosses) -> dict[str, Tensor]:
         """Sums (not means) that may be added over micro-batches and ranks, for `summary`."""
+        return {}
 
     def summary(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """Figures for logs from added-up `statistics`."""
+        return {}
 
 
 def load(config: Config, mask_id: int) -> Method:

@@ -15,27 +15,17 @@ import torch
 from torch import Tensor
 
 from tidar_mega.config import Config
-from tidar_mega.losses import DraftTerms, RowLosses
-from tidar_mega.methods import Term, generator
+from tidar_mega.methods import Method, Term, generator
 from tidar_mega.rows import PADDING, Rows
 
 
-class MaskedDiffusion:
-    drafter = None
-
+class MaskedDiffusion(Method):
     def __init__(self, config: Config, mask_id: int) -> None:
         self.mask_id, self.seed = mask_id, config.train.seed
         self.terms = (Term("diffusion", 1.0, bound_weight),)
-        self.drafts = DraftTerms()
 
     def training_rows(self, clean: Rows, sample: Tensor) -> Rows:
         return partly_masked(clean, sample, self.mask_id, self.seed)[0]
-
-    def statistics(self, rows: Rows, losses: RowLosses) -> dict[str, Tensor]:
-        return {}
-
-    def summary(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        return {}
 
 
 def partly_masked(clean: Rows, sample: Tensor, mask_id: int, seed: int) -> tuple[Rows, Tensor]:

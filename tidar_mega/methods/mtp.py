@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from tidar_mega.config import Config
-from tidar_mega.losses import DraftTerms, RowLosses
-from tidar_mega.methods import Drafter, Term
-from tidar_mega.methods.tidar import Tidar
+from tidar_mega.losses import RowLosses
+from tidar_mega.methods import Drafter, Method, Term
+from tidar_mega.methods.tidar import draft_figures
 from tidar_mega.rows import Rows, concatenate
 
 
-class MultiTokenPrediction:
+class MultiTokenPrediction(Method):
     """Loss: CE_AR + mtp_loss_scaling_factor * mean over the depths of their cross entropies (equation 25)."""
 
     def __init__(self, config: Config, mask_id: int) -> None:
@@ -35,7 +35,6 @@ class MultiTokenPrediction:
         self.terms += tuple(
             Term(f"depth_{k}", share, lambda rows, k=k: self._is_depth(rows, k)) for k in range(1, 1 + self.depths)
         )
-        self.drafts = DraftTerms()
 
     def training_rows(self, clean: Rows, sample: Tensor) -> Rows:
         clean = replace(clean, causal_in_group=True)
@@ -83,7 +82,7 @@ class MultiTokenPrediction:
         }
 
     def summary(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        return Tidar.summary(self, sums)
+        return draft_figures(sums)
 
 
 METHOD = MultiTokenPrediction

@@ -19,33 +19,23 @@ import torch
 from torch import Tensor
 
 from tidar_mega.config import Config
-from tidar_mega.losses import DraftTerms, RowLosses
-from tidar_mega.methods import Term
+from tidar_mega.methods import Method, Term
 from tidar_mega.methods.masked_diffusion import bound_weight, partly_masked
 from tidar_mega.rows import Rows, concatenate, place_before
 
 
-class SelfSpeculative:
-    drafter = None
-
+class SelfSpeculative(Method):
     def __init__(self, config: Config, mask_id: int) -> None:
         self.mask_id, self.seed = mask_id, config.train.seed
         self.terms = (
             Term("noncausal", 1.0, lambda rows: rows.is_clean * bound_weight(rows)),
             Term("causal", 1.0, lambda rows: ~rows.is_clean * bound_weight(rows)),
         )
-        self.drafts = DraftTerms()
 
     def training_rows(self, clean: Rows, sample: Tensor) -> Rows:
         masked, order_BS = partly_masked(clean, sample, self.mask_id, self.seed)
         causal = causal_rows(masked, order_BS, clean.token, self.mask_id)
         return concatenate([replace(masked, causal_in_group=True), causal], dim=1)
-
-    def statistics(self, rows: Rows, losses: RowLosses) -> dict[str, Tensor]:
-        return {}
-
-    def summary(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        return {}
 
 
 def causal_rows(rows: Rows, order_BS: Tensor, token_BS: Tensor, mask_id: int) -> Rows:

@@ -90,13 +90,18 @@ class Tidar:
         }
 
     def summary(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        slots = (sums["slot_correct"] / sums["slot_count"].clamp(min=1)).tolist()
-        figures = {f"draft_accuracy/slot_{k}": accuracy for k, accuracy in enumerate(slots)}
-        figures["draft_accuracy"] = float(sums["slot_correct"].sum() / sums["slot_count"].sum().clamp(min=1))
-        lengths_K = sums["accepted_lengths"]  # of 1, 2, .. tokens
-        accepted = (lengths_K * torch.arange(1, len(lengths_K) + 1, device=lengths_K.device)).sum()
-        figures["expected_tokens_per_forward"] = float(accepted / lengths_K.sum().clamp(min=1))
-        return figures
+        return draft_figures(sums)
+
+
+def draft_figures(sums: dict[str, Tensor]) -> dict[str, float]:
+    """Accuracy at each slot of a draft, and how many tokens a forward would commit."""
+    slots = (sums["slot_correct"] / sums["slot_count"].clamp(min=1)).tolist()
+    figures = {f"draft_accuracy/slot_{k}": accuracy for k, accuracy in enumerate(slots)}
+    figures["draft_accuracy"] = float(sums["slot_correct"].sum() / sums["slot_count"].sum().clamp(min=1))
+    lengths_K = sums["accepted_lengths"]  # of 1, 2, .. tokens
+    accepted = (lengths_K * torch.arange(1, len(lengths_K) + 1, device=lengths_K.device)).sum()
+    figures["expected_tokens_per_forward"] = float(accepted / lengths_K.sum().clamp(min=1))
+    return figures
 
 
 def position_term(weight: float, gamma: float) -> Term:

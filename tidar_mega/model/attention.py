@@ -83,10 +83,7 @@ class TrainingAttention:
     `choose_backend`). The mask or plan is made once, at the first layer."""
 
     def __init__(self, rows: Rows | Part, backend: str):
-        if backend not in BACKENDS:
-            raise ConfigError(
-                f"model.attention: {backend!r} is not one of {', '.join(BACKENDS)} (resolve 'auto' first)"
-            )
+        assert backend in BACKENDS, backend
         self.part = whole(rows) if isinstance(rows, Rows) else rows
         self.queries, self.keys, self.backend = self.part.rows, self.part.keys, backend
 
@@ -104,15 +101,12 @@ class TrainingAttention:
     def attend(self, layer_number: int, q_TBHE: Tensor, k_TBGE: Tensor, v_TBGE: Tensor, scale: float) -> Tensor:
         k_KBGE, v_KBGE = gather_keys(k_TBGE, v_TBGE, self.part)
         if self.backend == "tiles":
-            if q_TBHE.device.type != "cpu":
-                raise ConfigError(f"model.attention=tiles works on CPU, not on {q_TBHE.device}; use flex or dense")
             return tiled_attention(q_TBHE, k_KBGE, v_KBGE, scale, self._plan)
         q_BHTE, k_BGKE, v_BGKE = (x.permute(1, 2, 0, 3) for x in (q_TBHE, k_KBGE, v_KBGE))
         if self.backend == "dense":
             mask_B1TK = self._dense_mask[:, None]
             out_BHTE = scaled_dot_product_attention(q_BHTE, k_BGKE, v_BGKE, mask_B1TK, scale=scale, enable_gqa=True)
         else:
-            _check_flex(q_TBHE, k_TBGE, v_TBGE)
             if not torch.is_grad_enabled():  # on CPU flex refuses whatever requires a gradient, wanted or not
                 q_BHTE, k_BGKE, v_BGKE = (x.detach() for x in (q_BHTE, k_BGKE, v_BGKE))
             flex = _flex_attention(q_TBHE.is_cuda)
@@ -176,11 +170,6 @@ def choose_backend(name: str, device: torch.device | str, dtype: torch.dtype) ->
     if name == "flex" and kind == "cpu":
         raise ConfigError("model.attention=flex has no backward on CPU; use tiles, dense or auto")
     return name
-
-
-def _check_flex(*inputs: Tensor) -> None:
-    if inputs[0].device.type == "cpu" and torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-        raise ConfigError("model.attention=flex has no backward on CPU; use tiles or dense (or torch.no_grad())")
 
 
 @lru_cache(maxsize=2)

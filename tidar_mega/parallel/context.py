@@ -164,41 +164,37 @@ def gather_keys(k_TBGE: Tensor, v_TBGE: Tensor, part: Part) -> tuple[Tensor, Ten
     """
     if part.group is None:
         return k_TBGE, v_TBGE
-    return _GatherKeys.apply(k_TBGE, v_TBGE, part)
+    return _GatherClean.apply(part, k_TBGE, v_TBGE)
 
 
 def gather_states(x_LBD: Tensor, part: Part) -> Tensor:
-    """Hidden states of `part.keys`, [K, B, D], from those of `part.rows`; differentiable. Collective over the context
-    group: the two halves of a state travel as keys and values do."""
-    if part.group is None:
-        return x_LBD
-    first, second = (x[:, :, None].contiguous() for x in x_LBD.chunk(2, dim=-1))
-    return torch.cat([x_KB1D.squeeze(2) for x_KB1D in gather_keys(first, second, part)], dim=-1)
+    """Hidden states of `part.keys`, [K, B, D], from those of `part.rows`; as `gather_keys`."""
+    return x_LBD if part.group is None else _GatherClean.apply(part, x_LBD)[0]
 
 
-class _GatherKeys(torch.autograd.Function):
+class _GatherClean(torch.autograd.Function):
+    """Of n tensors [L, B, ...] of a rank's rows those of its keys, [K, B, ...], in one exchange."""
+
     @staticmethod
-    def forward(ctx, k_LBGE: Tensor, v_LBGE: Tensor, part: Part) -> tuple[Tensor, Tensor]:
+    def forward(ctx, part: Part, *of_rows: Tensor) -> tuple[Tensor, ...]:
         ctx.part, C = part, part.clean
-        mine_2CBGE = torch.stack([k_LBGE[:C], v_LBGE[:C]])
-        all_R2CBGE = mine_2CBGE.new_empty(len(part.places), *mine_2CBGE.shape)
-        dist.all_gather_into_tensor(all_R2CBGE.flatten(0, 1), mine_2CBGE, group=part.group)
+        mine_nCB = torch.stack([x_LB[:C] for x_LB in of_rows])
+        all_RnCB = mine_nCB.new_empty(len(part.places), *mine_nCB.shape)
+        dist.all_gather_into_tensor(all_RnCB.flatten(0, 1), mine_nCB, group=part.group)
         # into the order of places, in which a clean prefix is one range of keys
-        clean_SBGE = (all_R2CBGE[:, i].flatten(0, 1)[part.clean_source] for i in (0, 1))
-        return tuple(torch.cat([x, mine[C:]]) for x, mine in zip(clean_SBGE, (k_LBGE, v_LBGE), strict=True))
+        clean_SB = (all_RnCB[:, i].flatten(0, 1)[part.clean_source] for i in range(len(of_rows)))
+        return tuple(torch.cat([x_SB, x_LB[C:]]) for x_SB, x_LB in zip(clean_SB, of_rows, strict=True))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dk_KBGE: Tensor, dv_KBGE: Tensor):
+    def backward(ctx, *of_keys: Tensor) -> tuple[Tensor | None, ...]:
         part, S = ctx.part, ctx.part.clean * len(ctx.part.places)
-        for_all_R2CBGE = torch.stack([dx_KBGE[part.clean_target] for dx_KBGE in (dk_KBGE, dv_KBGE)], dim=1)
-        from_all_R2CBGE = torch.empty_like(for_all_R2CBGE)
-        dist.all_to_all_single(from_all_R2CBGE, for_all_R2CBGE, group=part.group)
-        wide = torch.promote_types(dk_KBGE.dtype, torch.float32)
-        mine_2CBGE = from_all_R2CBGE.sum(dim=0, dtype=wide).to(dk_KBGE.dtype)
-        dk_LBGE = torch.cat([mine_2CBGE[0], dk_KBGE[S:]])
-        dv_LBGE = torch.cat([mine_2CBGE[1], dv_KBGE[S:]])
-        return dk_LBGE, dv_LBGE, None
+        for_all_RnCB = torch.stack([dx_KB[part.clean_target] for dx_KB in of_keys], dim=1)
+        from_all_RnCB = torch.empty_like(for_all_RnCB)
+        dist.all_to_all_single(from_all_RnCB, for_all_RnCB, group=part.group)
+        dtype = of_keys[0].dtype
+        mine_nCB = from_all_RnCB.sum(dim=0, dtype=torch.promote_types(dtype, torch.float32)).to(dtype)
+        return None, *(torch.cat([mine_CB, dx_KB[S:]]) for mine_CB, dx_KB in zip(mine_nCB, of_keys, strict=True))
 
 
 @torch.no_grad()

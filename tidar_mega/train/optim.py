@@ -149,7 +149,7 @@ def build_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerPa
         wd_incr_steps=steps,
         wd_incr_style="constant",
         wsd_decay_steps=o.decay_steps,
-        lr_wsd_decay_style="cosine",
+        lr_wsd_decay_style=o.decay_style,
         # a resume goes by the config: the checkpoint says only how many steps were taken
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
