@@ -250,13 +250,36 @@ def test_a_rank_that_crashes_once_the_run_is_finished_changes_nothing(job, tmp_p
     assert restarts.after_crash(config, 134) == 0
 
 
-def test_the_code_is_copied_as_it_is_now(tmp_path):
-    code = jobs.snapshot(load(None, [f"run_dir={tmp_path}"]))
+def test_code_and_settings_are_copied_as_they_are_now(tmp_path):
+    settings = load(
+        None, [f"run_dir={tmp_path}", "optimizer.min_lr=1e-5", "train.init_from='null'", "decode.stop=['no', 'a: b']"]
+    )
+    code = jobs.snapshot(settings)
     assert (code / "tidar_mega" / "rows.py").read_text() == (ROOT / "tidar_mega" / "rows.py").read_text()
     assert (code / "slurm" / "pretrain.sh").stat().st_mode & 0o111
+    assert load(code / jobs.SETTINGS) == settings
     shown = [sys.executable, "-P", "-c", "import tidar_mega.config as c; print(c.__file__)"]
     done = subprocess.run(shown, env={**os.environ, "PYTHONPATH": str(code)}, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == str(code / "tidar_mega" / "config" / "__init__.py"), "and it is the copy that runs"
+
+
+def test_runs_inside_the_repository_are_not_copied_with_the_code(tmp_path, monkeypatch):
+    """Checkpoints, data and earlier copies, in a folder that git does not ignore."""
+    for name in (
+        "tidar_mega/rows.py",
+        "slurm/pretrain.sh",
+        "outputs/run/checkpoints/step_00000005/weights",
+        "README.md",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    monkeypatch.setattr(jobs, "_ROOT", tmp_path)
+    config = load(None, [f"run_dir={tmp_path / 'outputs' / 'run'}"])
+    jobs.snapshot(config)
+    code = jobs.snapshot(config)
+    copied = sorted(str(path.relative_to(code)) for path in code.rglob("*") if path.is_file())
+    assert copied == ["COMMIT", "settings.yaml", "slurm/pretrain.sh", "tidar_mega/rows.py"]
 
 
 @pytest.mark.distributed
@@ -267,9 +290,33 @@ def test_submit_without_slurm_trains_here(tmp_path, monkeypatch, executor):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     settings = ["parallel.data=null", "train.steps=3", "run_dir=run"]
-    result = jobs.submit("run.yaml", settings, executor=executor, time="20").result()
+    job = jobs.submit("run.yaml", settings, executor=executor, time="20")
+    if executor == "local":  # while it is about to start; the one in this process has ended
+        (tmp_path / "run.yaml").write_text(CONFIG.replace("lr: 3.0e-3", "lr: 9.0e-3"))
+    result = job.result()
     assert result == {"finished": True, "step": 3, "run_dir": "run"}
     assert "done: 3 steps" in (tmp_path / "run" / "logs" / "local" / "rank_0.log").read_text()
+    assert load(tmp_path / "run" / "config.yaml").optimizer.lr == 3e-3
+
+
+def test_a_second_sweep_has_folders_of_its_own_and_resumes_what_it_shares(tmp_path, monkeypatch, capsys):
+    """The runs are not made: what counts is the folder that each of them is given."""
+    make_corpus(tmp_path)
+    (tmp_path / "run.yaml").write_text(CONFIG)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(jobs.Pretrain, "_run", lambda self, settings: 0)
+
+    def folders(*overrides: list[str]) -> list[str]:
+        made = jobs.sweep("run.yaml", [["parallel.data=null", *own] for own in overrides], executor="debug", time="20")
+        return [job.result()["run_dir"] for job in made]
+
+    low, high = folders(["optimizer.lr=1e-3"], ["optimizer.lr=2e-3", "train.seed=1"])
+    assert f"{high}: parallel.data=null optimizer.lr=2e-3 train.seed=1" in capsys.readouterr().out
+    again, other = folders(["train.seed=1", "optimizer.lr=2e-3"], ["optimizer.lr=3e-3"])
+    assert again == high and len({low, high, other}) == 3
+    with pytest.raises(UserError, match=f"another run of this sweep is in the same folder, {low}"):
+        folders(["optimizer.lr=1e-3"], ["optimizer.lr=1e-3"])
+    assert folders(["run_dir=mine"]) == ["mine"]
 
 
 def test_a_task_of_submitit_that_fails_here_says_why(tmp_path, monkeypatch):
@@ -375,6 +422,10 @@ def test_a_run_that_is_launched_again_for_more_steps_is_not_finished(tmp_path, m
     for steps in (60, 61):
         asked = parser.parse_args(["--gpus=0", "run.yaml", *words, f"train.steps={steps}"])
         assert command.run(asked) == 0
+        last = (tmp_path / "calls").read_text().split("sbatch --parsable")[-1].splitlines()[0].split()
+        assert load(last[-1]).train.steps == steps, (
+            "the job reads a copy of the settings, and nothing that changes them"
+        )
         command.run(parser.parse_args(["--status", str(tmp_path / "run")]))
         assert ("\nfinished\n" in capsys.readouterr().out) == (steps == 60)
     fake(monkeypatch, tmp_path, "scontrol", 'echo "JobId=7 JobState=CANCELLED"')

@@ -301,7 +301,7 @@ def test_a_sweep_of_three(work, monkeypatch):
     for job in jobs:
         job.watcher._delay_s = 2
     assert [job.result()["step"] for job in jobs] == [3, 3, 3]
-    last = [metrics(work / "runs" / "default", f"sweep_{n}")[3]["loss"] for n in range(3)]
+    last = [metrics(work, job.result()["run_dir"])[3]["loss"] for job in jobs]
     assert len(set(last)) == 3
 
 

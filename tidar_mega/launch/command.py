@@ -50,7 +50,8 @@ def run(args) -> int:
     check_cluster(config, r)
     _ask_slurm(jobs.sbatch_command(jobs.script(), words, r))
     code = jobs.make_ready(config)
-    command = jobs.sbatch_command(code / jobs.script().relative_to(jobs.script().parents[1]), words, r, code)
+    script = code / jobs.script().relative_to(jobs.script().parents[1])
+    command = jobs.sbatch_command(script, [str(code / jobs.SETTINGS)], r, code)
     job = slurm.ask([command[0], "--parsable", *command[1:]]).strip().split(";")[0]
     note = {"job": job, "output": f"tidar-{job}.out", "command": shlex.join(command)}
     (Path(config.run_dir) / "job.json").write_text(json.dumps(note) + "\n")
@@ -71,6 +72,7 @@ def _show(config: Config, words: list[str], r: Resources) -> int:
         _ask_slurm(command)
     else:
         print("# sbatch is not on PATH here: nodes, GPUs and partition were not checked")
+    print(f"# the job runs a copy of this code and of these settings, which is made in {config.run_dir}/code")
     print(shlex.join(command))
     print(jobs.script().read_text(), end="")
     return 0

@@ -1,12 +1,15 @@
 """Runs that are handed to Slurm: by sbatch and slurm/pretrain.sh, or from Python as a job of submitit.
 
 Both start the same `tidar pretrain` in every task, with the same rules for requeues (`restarts.py`) and the same logs,
-RUN_DIR/logs/JOB/rank_*.log, and both run a copy of the code as it was when they were submitted, RUN_DIR/code.
+RUN_DIR/logs/JOB/rank_*.log, and both run a copy of the code and of the settings as they were when they were submitted,
+RUN_DIR/code.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import os
 import shutil
 import signal
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     import submitit
 
 _ROOT = Path(__file__).parents[2]
+SETTINGS = "settings.yaml"  # of a snapshot: every setting of the run that is submitted
 _END_SECONDS = 900.0  # for the marker of rank 0 or its requeue, which is tried twice where the controller is away
 ASK_SECONDS = 10.0  # between two questions to the controller
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -56,30 +60,48 @@ def sweep(
     at_once: int = 8,
     **resources: int | str | None,
 ) -> list[submitit.Job]:
-    """One run for each list of overrides, as an array of jobs; a run without a run_dir of its own gets a numbered one.
+    """One run for each list of overrides, as an array of jobs; prints which folder each run has.
 
-    Raises UserError before anything is submitted.
+    A run without a run_dir of its own gets one that is named by its overrides: the same ones resume it in a later sweep
+    too, and others start anew. Raises UserError before anything is submitted.
     """
     r = Resources(**resources)
     base = Path(config_module.load(config).run_dir)
-    tasks = []
-    for number, own in enumerate(overrides):
+    runs = {}
+    for own in overrides:
         named = any(word.startswith("run_dir=") for word in own)
-        words = list(own) if named else [*own, f"run_dir={base / f'sweep_{number}'}"]
-        tasks.append(_task(config, words, r, executor)[0])
+        words = list(own) if named else [*own, f"run_dir={_sweep_folder(base, own)}"]
+        folder = config_module.load(config, words).run_dir
+        if folder in runs:
+            raise UserError(
+                f"overrides {list(own)}: another run of this sweep is in the same folder, {folder}; leave one of them "
+                "out, or give it a run_dir of its own"
+            )
+        runs[folder] = words
+    tasks = [_task(config, words, r, executor)[0] for words in runs.values()]
+    for folder, own in zip(runs, overrides, strict=True):
+        print(f"{folder}: {' '.join(own)}", flush=True)
     jobs = _executor(base, r, executor)
     jobs.update_parameters(**({"slurm_array_parallelism": at_once} if executor == "slurm" else {}))
     return jobs.map_array(Pretrain.__call__, tasks)
 
 
+def _sweep_folder(base: Path, own: Sequence[str]) -> Path:
+    """In whatever order the overrides stand; of two of one key the last one counts."""
+    settings = sorted(dict(word.partition("=")[::2] for word in own).items())
+    return base / f"sweep_{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]}"
+
+
 def _task(config: str | Path, overrides: list[str], r: Resources, executor: str) -> tuple[Pretrain, Config]:
     settings = config_module.load(config, overrides)
     check(settings, r)
+    own: tuple[str, ...] = ()
     if executor == "slurm":
         check_cluster(settings, r)
     elif settings.parallel.data is None:  # the processes are started by `tidar pretrain` itself
-        overrides = [*overrides, f"parallel.data={r.world_size // settings.parallel.model_size}"]
-    return Pretrain(str(config), tuple(overrides), str(make_ready(settings))), settings
+        own = (f"parallel.data={r.world_size // settings.parallel.model_size}",)
+    code = make_ready(settings)
+    return Pretrain(str(code / SETTINGS), own, str(code)), settings
 
 
 def _executor(run_dir: Path, r: Resources, executor: str) -> submitit.AutoExecutor:
@@ -189,7 +211,8 @@ def _first_to_requeue(settings: Config) -> bool:
 
 
 def make_ready(settings: Config) -> Path:
-    """The run folder of a job that is to be submitted, and the copy of the code that it will run. Raises UserError."""
+    """The run folder of a job that is to be submitted, and in it the code and the settings that it will run. Raises
+    UserError."""
     try:
         restarts.begin(settings)
         return snapshot(settings)
@@ -199,19 +222,16 @@ def make_ready(settings: Config) -> Path:
 
 
 def snapshot(settings: Config) -> Path:
-    """Copies the code as it is now into the run folder: the files that git knows or would add, else the package."""
+    """Copies what a job runs into the run folder: the package, the scripts and the settings as they are now, whatever
+    becomes of them before the job starts or starts again."""
     target = Path(settings.run_dir).resolve() / "code" / datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-    git = ["git", "-C", str(_ROOT)]
-    listed = subprocess.run([*git, "ls-files", "-co", "--exclude-standard"], capture_output=True, text=True)
-    names = listed.stdout.splitlines() if listed.returncode == 0 else []
-    own = [*(_ROOT / "tidar_mega").rglob("*.py"), *(_ROOT / "slurm").glob("*.sh")]
-    names = names or [str(path.relative_to(_ROOT)) for path in own]
-    for name in names:
-        if (_ROOT / name).is_file():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(_ROOT / name, target / name)
-    version = subprocess.run([*git, "describe", "--always", "--dirty"], capture_output=True, text=True).stdout
-    (target / "COMMIT").write_text(version or "no git\n")
+    for path in [*(_ROOT / "tidar_mega").rglob("*.py"), *(_ROOT / "slurm").glob("*.sh")]:
+        copy = target / path.relative_to(_ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, copy)
+    git = ["git", "-C", str(_ROOT), "describe", "--always", "--dirty"]
+    (target / "COMMIT").write_text(subprocess.run(git, capture_output=True, text=True).stdout or "no git\n")
+    (target / SETTINGS).write_text(config_module.to_yaml(settings))
     return target
 
 
