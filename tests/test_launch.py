@@ -440,6 +440,32 @@ def test_a_run_that_was_not_launched_has_no_status(tmp_path):
         assert refused.returncode == 2 and "has submitted no job" in refused.stderr
 
 
+@pytest.mark.parametrize(
+    "state, steps, gently",
+    [("RUNNING", "7.batch 7.0", True), ("RUNNING", "7.batch 7.extern", False), ("PENDING", "", False)],
+)
+def test_a_run_that_trains_is_cancelled_after_its_save_and_at_once_by_a_second_word(
+    state, steps, gently, tmp_path, monkeypatch, capsys
+):
+    for name in ("scancel", "scontrol", "squeue"):
+        said = {"scontrol": f"JobId=7 JobState={state}", "squeue": steps}.get(name, "")
+        fake(monkeypatch, tmp_path / "bin", name, f"echo {said}")
+    (tmp_path / "job.json").write_text(json.dumps({"job": "7", "output": "x"}))
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    words = []
+    for _ in range(2):
+        assert command.run(parser.parse_args(["--cancel", str(tmp_path)])) == 0
+        words.append([call for call in (tmp_path / "bin" / "calls").read_text().splitlines() if "show" not in call])
+        (tmp_path / "bin" / "calls").unlink()
+    asked = [call for call in words[0] if not call.startswith("squeue")]
+    assert asked == (["scontrol update JobId=7 Requeue=0", "scancel --signal=USR2 7"] if gently else ["scancel 7"])
+    assert "scancel 7" in words[1]
+    assert (f"tidar launch --cancel {tmp_path} once more ends it at once" in capsys.readouterr().out) == gently
+    command.run(parser.parse_args(["--status", str(tmp_path)]))
+    assert ("the same command resumes it" in capsys.readouterr().out) == gently
+
+
 @pytest.mark.parametrize("name", ["pretrain.sh", "evaluate.sh"])
 def test_the_scripts_are_valid_shell(name):
     subprocess.run(["bash", "-n", str(ROOT / "slurm" / name)], check=True)

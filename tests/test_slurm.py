@@ -104,7 +104,8 @@ def rank_process(run: str, rank: int) -> psutil.Process:
     for process in psutil.process_iter(["cmdline"]):
         with contextlib.suppress(psutil.NoSuchProcess):
             words = process.info["cmdline"] or []
-            ours = f"run_dir={run}" in words and "tidar_mega.cli" in words and "srun" not in words[0]
+            ours = f"run_dir={run}" in words or any(f"/{run}/code/" in word for word in words)  # `tidar launch`'s
+            ours = ours and "tidar_mega.cli" in words and "srun" not in words[0]
             if ours and process.environ().get("SLURM_PROCID") == str(rank):
                 found.append(process)
     assert found, f"rank {rank} of {run} is not there"
@@ -231,15 +232,38 @@ def test_restarts_are_bounded(work):
     assert max(metrics(work, "bounded")) < 30
 
 
-def test_a_cancelled_job_saves_and_stays_cancelled(work):
-    asked = ("--nodes", "2", "--gpus", "0", "--time", "20", "run_dir=cancelled", "train.steps=3000")
+def launched(work: Path, run: str, *settings: str) -> str:
+    """Launches a long run of two nodes, and waits for its third step; the job's id."""
+    asked = ("--nodes", "2", "--gpus", "0", "--time", "20", f"run_dir={run}", "train.steps=3000", *settings)
     job = re.search(r"job (\d+) is in the queue", tidar(work, "launch", "run.yaml", *asked))[1]
-    reached(work, "cancelled", 3)
+    reached(work, run, 3)
+    return job
+
+
+def test_a_cancelled_job_saves_and_ends_for_good(work):
+    """However long a save takes: Slurm's KillWait is 5 s here, and a step waits longer."""
+    job = launched(work, "cancelled", "checkpoint.interval=3000")
     assert f"job {job}: RUNNING on 127.0.0.[11-12]" in tidar(work, "launch", "--status", "cancelled")
-    assert f"job {job} is cancelled" in tidar(work, "launch", "--cancel", "cancelled")
-    said = end(work, job, "CANCELLED")
+    paused = rank_process("cancelled", 1)
+    paused.suspend()
+    assert f"job {job} saves at the next step boundary" in tidar(work, "launch", "--cancel", "cancelled")
+    time.sleep(12)
+    paused.resume()
+    said = end(work, job, "FAILED")
+    stopped_at = int(said.split("SIGUSR2: stopped at step ")[1].split(";")[0])
     assert "is requeued" not in said and restarted(job) == 0
-    assert "CANCELLED" in tidar(work, "launch", "--status", "cancelled")
+    status = tidar(work, "launch", "--status", "cancelled")
+    assert f"newest checkpoint: step_{stopped_at:08d}" in status and "the same command resumes it" in status
+
+
+def test_a_job_that_is_cancelled_twice_ends_at_once(work):
+    job = launched(work, "cancelled_twice")
+    paused = rank_process("cancelled_twice", 1)
+    paused.suspend()
+    tidar(work, "launch", "--cancel", "cancelled_twice")
+    assert f"job {job} is cancelled" in tidar(work, "launch", "--cancel", "cancelled_twice")
+    said = end(work, job, "CANCELLED", seconds=60)
+    assert "is requeued" not in said and restarted(job) == 0
 
 
 BAD = {

@@ -31,7 +31,12 @@ def add_arguments(parser) -> None:
     what.add_argument("--dry-run", action="store_true", help="check all, print the command and the script, and stop")
     what.add_argument("--follow", action="store_true", help="show what rank 0 says until the job is over")
     what.add_argument("--status", metavar="RUN", type=Path, help="say how the job of a run folder is")
-    what.add_argument("--cancel", metavar="RUN", type=Path, help="end the job of a run folder, after a last save")
+    what.add_argument(
+        "--cancel",
+        metavar="RUN",
+        type=Path,
+        help="end the job of a run folder after a last save; a second time: at once",
+    )
 
 
 def run(args) -> int:
@@ -54,7 +59,7 @@ def run(args) -> int:
     command = jobs.sbatch_command(script, [str(code / jobs.SETTINGS)], r, code)
     job = slurm.ask([command[0], "--parsable", *command[1:]]).strip().split(";")[0]
     note = {"job": job, "output": f"tidar-{job}.out", "command": shlex.join(command)}
-    (Path(config.run_dir) / "job.json").write_text(json.dumps(note) + "\n")
+    _write_note(Path(config.run_dir), note)
     print(f"job {job} is in the queue; tidar launch --status {config.run_dir}")
     return _follow(config, job) if args.follow else 0
 
@@ -78,9 +83,15 @@ def _show(config: Config, words: list[str], r: Resources) -> int:
     return 0
 
 
-def _job_of(run: Path) -> str:
+def _write_note(run: Path, note: dict) -> None:
+    (run / "job.json").write_text(json.dumps(note) + "\n")
+
+
+def _note_of(run: Path) -> dict:
+    """What is known of the job that was submitted for a run folder, its id under `job`. Raises UserError."""
     try:
-        return json.loads((run / "job.json").read_text())["job"]
+        note = json.loads((run / "job.json").read_text())
+        return {**note, "job": note["job"]}
     except (OSError, ValueError, KeyError):
         raise UserError(
             f"{run}: `tidar launch` has submitted no job from here for a run of that folder; "
@@ -89,7 +100,8 @@ def _job_of(run: Path) -> str:
 
 
 def _status(run: Path) -> int:
-    job = _job_of(run)
+    note = _note_of(run)
+    job = note["job"]
     known = slurm.show(job)
     state = known.get("JobState", "no longer known to Slurm")
     where = known.get("NodeList", "(null)")
@@ -99,16 +111,38 @@ def _status(run: Path) -> int:
     print(f"newest checkpoint: {steps[-1] if steps else 'none'}")
     if (run / "finished.json").exists():
         print("finished")
+    elif note.get("stopped"):
+        print("`tidar launch --cancel` has told it to save and end; the same command resumes it")
     elif known and not state.startswith(_WAITING):
         print(restarts.first_failure(run / "logs" / job))
     return 0
 
 
 def _cancel(run: Path) -> int:
-    job = _job_of(run)
-    slurm.ask(["scancel", job])
-    print(f"job {job} is cancelled: it saves within Slurm's KillWait, and is not requeued")
+    """Ends a run that trains by the signal after which all ranks save together, as Slurm's own way to end a job leaves
+    them only its KillWait, most often 30 s; and anything else at once."""
+    note = _note_of(run)
+    job = note["job"]
+    if note.get("stopped") or not _trains(job):
+        slurm.ask(["scancel", job])
+        print(f"job {job} is cancelled, and not requeued")
+        return 0
+    slurm.ask(["scontrol", "update", f"JobId={job}", "Requeue=0"])
+    slurm.ask(["scancel", "--signal=USR2", job])
+    _write_note(run, {**note, "stopped": True})
+    print(
+        f"job {job} saves at the next step boundary, however long that takes, then ends and is not requeued; "
+        f"tidar launch --cancel {run} once more ends it at once"
+    )
     return 0
+
+
+def _trains(job: str) -> bool:
+    """Whether a step of the job runs, which hears signals; the batch shell alone does not."""
+    if slurm.show(job).get("JobState") != "RUNNING":
+        return False
+    steps = slurm.ask(["squeue", "--noheader", "--steps", "--format=%i", "--jobs", job]).split()
+    return any(step.rpartition(".")[2].isdigit() for step in steps)
 
 
 def _follow(config: Config, job: str) -> int:

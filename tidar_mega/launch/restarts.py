@@ -142,7 +142,7 @@ def _refusal(config: Config, job: str) -> str | None:
     if state != "RUNNING":
         return f"job {job} is {state}: cancelled, at its time limit, or already requeued"
     if known.get("BatchFlag") != "1" or known.get("Requeue") != "1":
-        return f"job {job} was not submitted with `sbatch --requeue`; start it again, it resumes"
+        return f"job {job} was not submitted with `sbatch --requeue`, or was told to end; start it again, it resumes"
     if count >= config.launch.max_restarts:
         return f"it has been restarted {count} times, launch.max_restarts; raise that and submit it again, it resumes"
     idle = _count_idle(config, job, count)
