@@ -37,10 +37,14 @@ def test_a_task_takes_its_place_from_slurm():
     assert place["RANK"] == "9" and place["LOCAL_RANK"] == "1" and place["WORLD_SIZE"] == "16"
     assert place["LOCAL_WORLD_SIZE"] == "8" and place["MASTER_ADDR"] == "gpu07"
     assert 10000 <= int(place["MASTER_PORT"]) < 20000
-    assert slurm.place({**TASK, "SLURM_JOB_ID": "123457"})["MASTER_PORT"] != place["MASTER_PORT"]
     assert slurm.place({**TASK, "CUDA_VISIBLE_DEVICES": "1"})["LOCAL_RANK"] == "0", "Slurm shows it one GPU only"
     with pytest.raises(ConfigError, match="one process per GPU"):
         slurm.place({**TASK, "SLURM_LOCALID": "2", "CUDA_VISIBLE_DEVICES": "0,1"})
+
+
+def test_steps_of_neighbouring_jobs_have_ports_of_their_own():
+    steps = [{"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)} for job in range(100, 140) for step in range(4)]
+    assert len({slurm.place({**TASK, **step})["MASTER_PORT"] for step in steps}) == len(steps)
 
 
 def test_a_task_in_a_container_whose_hook_sets_ranks_takes_its_whole_place_from_slurm(monkeypatch):
@@ -78,6 +82,39 @@ def test_times_are_those_of_slurm(time, minutes):
 def test_gpus_of_a_node():
     lists = {"(null)": 0, "gpu:2": 2, "gpu:a100:8(S:0-1),nvme:1": 8, "nvme:3,gpu:h100:4": 4, "gpu:a:2,gpu:b:2": 4}
     assert {text: resources.gpus_of(text) for text in lists} == lists
+
+
+PARTITIONS = """small|2|gpu:2|30:00
+big*|4|gpu:h100:8|1-00:00:00
+big*|1|(null)|1-00:00:00"""
+
+
+@pytest.mark.parametrize(
+    "partition, environment, asked, found",
+    [
+        (None, None, {}, "big"),
+        ("small", "big", {"gpus": 2, "time": "20"}, "small"),
+        (None, "small", {"gpus": 2, "time": "20"}, "small"),
+        (None, "small", {"time": "20"}, "--gpus 8: of the 2 nodes of partition small, 0 have so many; the most is 2 "),
+        (None, "fast", {}, "SBATCH_PARTITION fast: this cluster has big, small"),
+        ("small,big", None, {"gpus": 2, "time": "20"}, "small,big"),
+        ("small,big", None, {}, "big"),
+        ("small,big", None, {"nodes": 5}, "--time 12:00:00: partition small .*; --gpus 8: of the 5 nodes of .* big, 4"),
+        ("small,big", None, {"nodes": 7, "time": "20"}, "--nodes 7: partition small has 2; .* partition big has 5;"),
+        ("small,fast", None, {}, "--partition fast: this cluster has big, small"),
+    ],
+)
+def test_partitions_are_those_that_slurm_would_take(partition, environment, asked, found, tmp_path, monkeypatch):
+    fake(monkeypatch, tmp_path, "sinfo", f"echo '{PARTITIONS}'")
+    monkeypatch.delenv("SBATCH_PARTITION", raising=False)
+    if environment:
+        monkeypatch.setenv("SBATCH_PARTITION", environment)
+    r = Resources(**{"gpus": 8, "time": "12:00:00", **asked, "partition": partition})
+    if " " not in found:
+        assert resources._check_nodes(r) == found
+    else:
+        with pytest.raises(UserError, match=found):
+            resources._check_nodes(r)
 
 
 def test_a_finished_run_is_known_only_with_its_checkpoint(tmp_path):
@@ -219,6 +256,23 @@ def test_what_lies_beside_the_script_is_found_from_any_folder(tmp_path, monkeypa
     assert f"--export=ALL,TIDAR_CODE={tmp_path}/code" in jobs.sbatch_command(Path("x.sh"), [], r, tmp_path / "code")
     with pytest.raises(UserError, match="a path with a comma"):
         jobs.sbatch_command(Path("x.sh"), [], r, tmp_path / "a,b")
+
+
+def test_bad_nodes_that_ranks_note_at_once_are_all_excluded(job, tmp_path, monkeypatch):
+    config = load(None, [f"run_dir={tmp_path / 'run'}"])
+    assert restarts._bad_nodes(config, "7") == []
+    note = "from tidar_mega.config import load; from tidar_mega.launch import note_bad_nodes, slurm; import sys, time\n"
+    note += (
+        f"config = load(None, ['run_dir={tmp_path / 'run'}']); time.sleep(max(0, float(sys.argv[2]) - time.time()))\n"
+    )
+    note += "note_bad_nodes(config, [sys.argv[1]])"
+    at = str(time.time() + 8)
+    ranks = [subprocess.Popen([sys.executable, "-c", note, f"n{rank}", at], cwd=ROOT) for rank in range(6)]
+    assert [rank.wait() for rank in ranks] == 6 * [0]
+    fake(monkeypatch, tmp_path / "bin", "scontrol", f'echo "{RUNNING}"')
+    restarts.after_crash(config, LostError.exit_code)
+    assert "ExcNodeList=n0,n1,n2,n3,n4,n5" in (tmp_path / "bin" / "calls").read_text()
+    assert restarts._bad_nodes(config, "8") == [], "another job may find them mended"
 
 
 def test_starts_without_a_new_checkpoint_are_counted(tmp_path):

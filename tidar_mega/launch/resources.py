@@ -3,6 +3,7 @@ anything waits in a queue."""
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import socket
@@ -83,37 +84,64 @@ def check_cluster(config: Config, r: Resources) -> None:
     _check_shared(config, _check_nodes(r))
 
 
+@dataclass(frozen=True)
+class _Nodes:
+    """A group of a partition's nodes that are alike, as `sinfo` says it."""
+
+    partition: str
+    is_default: bool
+    count: int
+    gpus: int
+    limit: str  # of time
+
+
 def _check_nodes(r: Resources) -> str | None:
-    """The partition that the job will be in, if it is known."""
-    groups = [line.split("|") for line in ask(["sinfo", "-h", "-o", "%P|%D|%G|%l"]).splitlines()]
-    names = sorted({name.rstrip("*") for name, *_ in groups})
-    if r.partition is not None and r.partition not in names:
-        raise UserError(f"--partition {r.partition}: this cluster has {', '.join(names)}")
-    here = [g for g in groups if (g[0].rstrip("*") == r.partition if r.partition else g[0].endswith("*"))]
-    limit = here[0][3] if here else "infinite"
+    """The partitions that the job could be in, with commas, if they are known. Raises UserError if there is none."""
+    known = [_parse(line) for line in ask(["sinfo", "-h", "-o", "%P|%D|%G|%l"]).splitlines()]
+    names = sorted({nodes.partition for nodes in known})
+    where, found = "--partition", r.partition
+    if found is None:  # sbatch reads it, too
+        where, found = "SBATCH_PARTITION", os.environ.get("SBATCH_PARTITION")
+    asked = found.split(",") if found else sorted({nodes.partition for nodes in known if nodes.is_default})
+    for name in asked:
+        if name not in names:
+            raise UserError(f"{where} {name}: this cluster has {', '.join(names)}")
+    refused = {name: _refusal(name, [nodes for nodes in known if nodes.partition == name], r) for name in asked}
+    fitting = [name for name, refusal in refused.items() if refusal is None]
+    if asked and not fitting:  # a job is never spread over several
+        raise UserError("; ".join(refused.values()))
+    return ",".join(fitting) or None
+
+
+def _parse(line: str) -> _Nodes:
+    name, count, gres, limit = line.split("|")
+    return _Nodes(name.rstrip("*"), name.endswith("*"), int(count), gpus_of(gres), limit)
+
+
+def _refusal(partition: str, groups: list[_Nodes], r: Resources) -> str | None:
+    """Why a partition of these nodes never runs the job; None if it may."""
+    limit = groups[0].limit
     if limit != "infinite" and minutes(r.time) > minutes(limit):  # Slurm would let it wait for ever
-        raise UserError(
-            f"--time {r.time}: partition {here[0][0].rstrip('*')} allows {limit}; ask for less, as the run goes on in "
-            "the next start"
+        return (
+            f"--time {r.time}: partition {partition} allows {limit}; ask for less, as the run goes on in the next start"
         )
-    nodes = sum(int(count) for _, count, *_ in here)
-    if here and r.nodes > nodes:
-        raise UserError(f"--nodes {r.nodes}: partition {here[0][0].rstrip('*')} has {nodes}; ask for fewer")
-    with_gpus = sum(int(count) for _, count, gres, _ in here if gpus_of(gres) >= r.gpus)
-    if here and r.nodes > with_gpus:
-        most = max(gpus_of(gres) for _, _, gres, _ in here)
-        raise UserError(
-            f"--gpus {r.gpus}: of the {nodes} nodes of partition {here[0][0].rstrip('*')}, {with_gpus} have so many; "
-            f"the most is {most} GPUs per node; ask for more nodes of fewer GPUs"
+    count = sum(nodes.count for nodes in groups)
+    if r.nodes > count:
+        return f"--nodes {r.nodes}: partition {partition} has {count}; ask for fewer"
+    with_gpus = sum(nodes.count for nodes in groups if nodes.gpus >= r.gpus)
+    if r.nodes > with_gpus:
+        return (
+            f"--gpus {r.gpus}: of the {count} nodes of partition {partition}, {with_gpus} have so many; the most is "
+            f"{max(nodes.gpus for nodes in groups)} GPUs per node; ask for more nodes of fewer GPUs"
         )
-    return here[0][0].rstrip("*") if here else r.partition
+    return None
 
 
-def _check_shared(config: Config, partition: str | None) -> None:
-    """Refuses a run folder on a disk that this machine has for itself, unless it is the one node of the partition."""
+def _check_shared(config: Config, partitions: str | None) -> None:
+    """Refuses a run folder on a disk that this machine has for itself, unless it is the one node of the partitions."""
     if not config.launch.check_shared:
         return
-    where = ["-p", partition] if partition else []
+    where = ["-p", partitions] if partitions else []
     elsewhere = sorted({node for node in ask(["sinfo", "-h", "-N", "-o", "%o", *where]).split() if not _is_here(node)})
     mount, kind = mount_of(Path(config.run_dir), Path("/proc/mounts").read_text())
     if elsewhere and kind in _OWN_DISKS:

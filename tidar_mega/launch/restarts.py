@@ -174,16 +174,22 @@ def newest_step(config: Config) -> int:
 
 
 def note_bad_nodes(config: Config, nodes: list[str]) -> None:
-    """Called by a rank that has found out: this job is not to use these nodes again."""
+    """Called by a rank that has found out: this job is not to use these nodes again. Ranks may do so at once."""
     job = slurm.own_job()
     if job is not None:
-        path = Path(config.run_dir) / "bad_nodes.json"
-        _write(path, {"job": job, "nodes": sorted({*_bad_nodes(config, job), *nodes})})
+        folder = _bad_nodes_folder(config, job)
+        folder.mkdir(parents=True, exist_ok=True)
+        for node in nodes:
+            (folder / node).touch()
 
 
 def _bad_nodes(config: Config, job: str) -> list[str]:
-    noted = _read(Path(config.run_dir) / "bad_nodes.json")
-    return noted["nodes"] if noted.get("job") == job else []
+    folder = _bad_nodes_folder(config, job)
+    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+
+def _bad_nodes_folder(config: Config, job: str) -> Path:
+    return Path(config.run_dir) / "bad_nodes" / job
 
 
 def _read(path: Path) -> dict:

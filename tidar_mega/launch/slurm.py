@@ -54,7 +54,8 @@ def place(slurm: dict | os._Environ) -> dict[str, str]:
     else:
         gpu = local
     nodes = slurm.get("SLURM_STEP_NODELIST") or slurm["SLURM_JOB_NODELIST"]
-    port = _FIRST_PORT + (int(slurm["SLURM_JOB_ID"]) + int(slurm.get("SLURM_STEP_ID", 0))) % _PORTS
+    # steps of one job, and jobs that were submitted one after the other, may be on one node at once
+    port = _FIRST_PORT + (7 * int(slurm["SLURM_JOB_ID"]) + int(slurm.get("SLURM_STEP_ID", 0))) % _PORTS
     return {
         "RANK": slurm["SLURM_PROCID"],
         "LOCAL_RANK": str(gpu),
