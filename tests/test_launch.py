@@ -84,6 +84,39 @@ def test_gpus_of_a_node():
     assert {text: resources.gpus_of(text) for text in lists} == lists
 
 
+def test_a_job_that_has_its_nodes_for_itself_may_use_some_of_their_gpus():
+    tasks = {"SLURM_NTASKS_PER_NODE": "4", "SLURM_GPUS_ON_NODE": "8"}
+    for asked in ("4", "h100:4", "0"):
+        slurm.check_tasks({**tasks, "SLURM_GPUS_PER_NODE": asked})
+    for asked in ({}, {"SLURM_GPUS_PER_NODE": "8"}, {"SLURM_GPUS_PER_NODE": "h100:8"}):
+        with pytest.raises(ConfigError, match=r"--ntasks-per-node 4: must be --gpus-per-node \(8\)"):
+            slurm.check_tasks({**tasks, **asked})
+
+
+def test_more_options_reach_sbatch_and_none_that_is_decided_elsewhere(tmp_path, monkeypatch):
+    more = ("--account=physics", "--constraint=h100", "--no-kill")
+    r = Resources(gpus=8, sbatch=more)
+    config = load(None, ["train.global_batch_size=64"])
+    resources.check(config, r)
+    assert " ".join(jobs.sbatch_command(Path("x.sh"), ["run.yaml"], r)).endswith(f"{' '.join(more)} x.sh run.yaml")
+    for wrong, said in {"account=physics": "a long option", "--partition=big": "--partition is decided by"}.items():
+        with pytest.raises(ConfigError, match=said):
+            resources.check(config, Resources(gpus=8, sbatch=[wrong]))
+    shown = launch(
+        "configs/quickstart.yaml", "--gpus=2", *(f"--sbatch={o}" for o in more), "--dry-run", PATH="/nowhere"
+    )
+    assert f"{' '.join(more)} {ROOT}/slurm/pretrain.sh" in shown.stdout, shown.stderr
+
+    fake(monkeypatch, tmp_path, "sinfo", "echo 'big*|4|gpu:8|infinite'")
+    fake(monkeypatch, tmp_path, "srun")
+    made = {gpus: jobs._executor(tmp_path, Resources(gpus=gpus, sbatch=more), "slurm") for gpus in (8, 4)}
+    script = {gpus: executor._executor._make_submission_file_text("", "") for gpus, executor in made.items()}
+    for option in (*more, "--requeue"):
+        assert f"#SBATCH {option}\n" in script[8] and f"#SBATCH {option}\n" in script[4]
+    for option in ("--exclusive", "--mem=0"):
+        assert f"#SBATCH {option}\n" in script[8] and f"#SBATCH {option}\n" not in script[4]
+
+
 PARTITIONS = """small|2|gpu:2|30:00
 big*|4|gpu:h100:8|1-00:00:00
 big*|1|(null)|1-00:00:00"""
@@ -523,6 +556,26 @@ def test_a_run_that_trains_is_cancelled_after_its_save_and_at_once_by_a_second_w
 @pytest.mark.parametrize("name", ["pretrain.sh", "evaluate.sh"])
 def test_the_scripts_are_valid_shell(name):
     subprocess.run(["bash", "-n", str(ROOT / "slurm" / name)], check=True)
+
+
+@pytest.mark.parametrize(
+    "job, cpus",
+    [
+        ({"SLURM_JOB_CPUS_PER_NODE": "128(x2)", "SLURM_NTASKS_PER_NODE": "8"}, 16),
+        ({"SLURM_JOB_CPUS_PER_NODE": "128(x2),9,96(x3)", "SLURM_NTASKS_PER_NODE": "4"}, 2),
+        ({"SLURM_JOB_CPUS_PER_NODE": "128", "SLURM_NTASKS_PER_NODE": "8", "SLURM_CPUS_PER_TASK": "3"}, 3),
+        ({"SLURM_JOB_CPUS_PER_NODE": "2", "SLURM_NTASKS_PER_NODE": "8"}, 1),
+    ],
+)
+def test_a_task_has_its_share_of_the_cpus_of_its_node(job, cpus, tmp_path, monkeypatch):
+    fake(monkeypatch, tmp_path, "python")
+    fake(monkeypatch, tmp_path, "srun")
+    subprocess.run(
+        ["bash", str(ROOT / "slurm" / "pretrain.sh"), "run.yaml"],
+        env={**os.environ, "TIDAR_PYTHON": "python", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "a", **job},
+        cwd=tmp_path,
+    )
+    assert f"srun --cpus-per-task={cpus} " in (tmp_path / "calls").read_text()
 
 
 @pytest.mark.parametrize("code, after", [(0, "after 0"), (1, "after 1"), (2, None)])

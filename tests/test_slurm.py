@@ -143,6 +143,22 @@ def test_one_process_per_gpu_of_every_node(work):
     assert "--ntasks-per-node 1: must be --gpus-per-node (2), one process per GPU" in uneven
 
 
+def test_a_task_has_its_share_of_the_node_s_cpus_and_one_of_its_gpus_may_be_used(work):
+    """The nodes have 8 CPUs and 2 GPUs, which a job that has them for itself is given, whatever it asks for."""
+    note = 'echo "$SLURM_PROCID of $SLURM_JOB_ID: $SLURM_CPUS_PER_TASK CPUs, GPUs $CUDA_VISIBLE_DEVICES"'
+    (work / "counting").write_text(f'#!/bin/bash\n{note} >>cpus.txt\nexec {sys.executable} "$@"\n')
+    (work / "counting").chmod(0o755)
+    env = (work / "slurm" / "env.sh").read_text() + "export TIDAR_PYTHON=$PWD/counting\n"
+    (work / "slurm" / "counting.sh").write_text(env)
+    share = ("--oversubscribe", "--mem=4G", "--cpus-per-task=2")
+    for asked, cpus in (((), 8), (share, 2)):
+        options = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--export=ALL,TIDAR_ENV=slurm/counting.sh")
+        job = sbatch(work, "run_dir=counted", "train.steps=3", options=(*options, *asked))
+        end(work, job)
+        said = [line for line in (work / "cpus.txt").read_text().splitlines() if f" of {job}: {cpus} CPUs" in line]
+        assert sorted(set(said)) == [f"{rank} of {job}: {cpus} CPUs, GPUs 0" for rank in (0, 1)]
+
+
 @pytest.mark.parametrize("how", ["USR2", "TERM"])
 def test_a_signal_in_mid_run_saves_requeues_and_goes_on_bit_for_bit(work, uninterrupted, how):
     run = f"signalled_{how}"

@@ -23,10 +23,17 @@ def add_arguments(parser) -> None:
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--gpus", type=int, default=8, help="GPUs, and so processes, of each node (default 8); 0: CPU")
     parser.add_argument("--tasks", type=int, help="processes of each node with --gpus 0")
-    parser.add_argument("--cpus", type=int, help="CPUs of each process")
+    parser.add_argument("--cpus", type=int, help="CPUs of each process; by default its share of the node")
     parser.add_argument("--time", default="24:00:00", help="limit of each start; the run goes on in the next one")
     parser.add_argument("--signal-seconds", type=int, default=300, help="for the last save before the limit")
-    parser.add_argument("--partition")
+    parser.add_argument("--partition", help="or several, with commas; by default SBATCH_PARTITION's or the cluster's")
+    parser.add_argument(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="=--OPTION",
+        help="one more option of sbatch, such as --sbatch=--account=physics; may be given again",
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="check all, print the command and the script, and stop")
     what.add_argument("--follow", action="store_true", help="show what rank 0 says until the job is over")
@@ -46,7 +53,7 @@ def run(args) -> int:
     if args.config is None:
         raise UserError("no config: use tidar launch configs/quickstart.yaml --nodes 2, or --status RUN")
     config = config_module.load(args.config, args.overrides)
-    names = ("nodes", "gpus", "tasks", "cpus", "time", "partition", "signal_seconds")
+    names = ("nodes", "gpus", "tasks", "cpus", "time", "partition", "signal_seconds", "sbatch")
     r = Resources(**{name: getattr(args, name) for name in names})
     check(config, r)
     words = [args.config, *args.overrides]

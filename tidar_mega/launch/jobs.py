@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from tidar_mega import config as config_module
 from tidar_mega.config import Config, UserError
 from tidar_mega.launch import restarts, slurm
-from tidar_mega.launch.resources import Resources, check, check_cluster, minutes
+from tidar_mega.launch.resources import Resources, check, check_cluster, fills_nodes, minutes
 from tidar_mega.lifetime import end_with
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 _ROOT = Path(__file__).parents[2]
 SETTINGS = "settings.yaml"  # of a snapshot: every setting of the run that is submitted
+# srun does not inherit it; as in slurm/pretrain.sh
+_CPUS = "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-$((SLURM_CPUS_ON_NODE / SLURM_NTASKS_PER_NODE))}"
 _END_SECONDS = 900.0  # for the marker of rank 0 or its requeue, which is tried twice where the controller is away
 ASK_SECONDS = 10.0  # between two questions to the controller
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -62,6 +64,7 @@ def sweep(
 ) -> list[submitit.Job]:
     """One run for each list of overrides, as an array of jobs; prints which folder each run has.
 
+    Runs that do not fill their nodes share them: say `cpus`, and the memory as sbatch=["--mem=64G"].
     A run without a run_dir of its own gets one that is named by its overrides: the same ones resume it in a later sweep
     too, and others start anew. Raises UserError before anything is submitted.
     """
@@ -111,11 +114,18 @@ def _executor(run_dir: Path, r: Resources, executor: str) -> submitit.AutoExecut
     jobs.update_parameters(name="tidar", timeout_min=minutes(r.time), nodes=r.nodes, tasks_per_node=1)
     if executor == "slurm":
         optional = {"slurm_partition": r.partition, "cpus_per_task": r.cpus, "gpus_per_node": r.gpus or None}
+        if fills_nodes(r):
+            optional |= {"slurm_exclusive": True, "slurm_mem": "0"}
+        more = (option.removeprefix("--").partition("=") for option in r.sbatch)
         jobs.update_parameters(
             tasks_per_node=r.tasks_per_node,
             slurm_signal_delay_s=r.signal_seconds,
             slurm_srun_args=["--kill-on-bad-exit=1"],
-            slurm_additional_parameters={"requeue": True},
+            slurm_setup=[_CPUS],
+            slurm_additional_parameters={
+                "requeue": True,
+                **{name.replace("-", "_"): value if equals else True for name, equals, value in more},
+            },
             **{name: value for name, value in optional.items() if value is not None},
         )
     return jobs
@@ -250,6 +260,7 @@ def sbatch_command(path: Path, words: Sequence[str], r: Resources, code: Path | 
     options += [f"--ntasks-per-node={r.tasks_per_node}"]
     options += [f"--cpus-per-task={r.cpus}"] if r.cpus else []
     options += [f"--partition={r.partition}"] if r.partition else []
+    options += r.sbatch
     if code:
         exported = [f"{name}={value}" for name, value in {"TIDAR_CODE": code, **_of_root()}.items()]
         if bad := [word for word in exported if "," in word]:

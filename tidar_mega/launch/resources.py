@@ -3,16 +3,20 @@ anything waits in a queue."""
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tidar_mega.config import Config, ConfigError, UserError, check_batch
 from tidar_mega.launch.slurm import ask
 
+# options of sbatch that are made from the other fields, and those that the script needs as they are
+_DECIDED = ("nodes", "gpus-per-node", "ntasks-per-node", "cpus-per-task", "time", "partition", "signal", "export")
 _OWN_DISKS = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "ramfs", "overlay", "fuse-overlayfs"}
 
 
@@ -27,6 +31,7 @@ class Resources:
     time: str = "24:00:00"
     partition: str | None = None
     signal_seconds: int = 300  # so long before the time limit the run saves and goes back into the queue
+    sbatch: Sequence[str] = ()  # more options of sbatch, such as --account=physics
 
     @property
     def tasks_per_node(self) -> int:
@@ -44,6 +49,12 @@ def check(config: Config, r: Resources) -> None:
             raise ConfigError(f"{name} {value}: must be a number of {least} or more")
     if r.gpus and r.tasks not in (None, r.gpus):
         raise ConfigError(f"--tasks {r.tasks}: must be --gpus ({r.gpus}), one process per GPU; leave it out")
+    for option in r.sbatch:
+        name = option.removeprefix("--").partition("=")[0]
+        if not option.startswith("--"):
+            raise ConfigError(f"--sbatch={option}: must be a long option of sbatch, such as --sbatch=--account=physics")
+        if name in _DECIDED:
+            raise ConfigError(f"--sbatch={option}: --{name} is decided by the other options (tidar launch --help)")
     p = config.parallel
     what = f"{r.world_size} processes ({r.nodes} nodes x {r.tasks_per_node})"
     if r.world_size % p.model_size:
@@ -97,7 +108,7 @@ class _Nodes:
 
 def _check_nodes(r: Resources) -> str | None:
     """The partitions that the job could be in, with commas, if they are known. Raises UserError if there is none."""
-    known = [_parse(line) for line in ask(["sinfo", "-h", "-o", "%P|%D|%G|%l"]).splitlines()]
+    known = _known()
     names = sorted({nodes.partition for nodes in known})
     where, found = "--partition", r.partition
     if found is None:  # sbatch reads it, too
@@ -111,6 +122,17 @@ def _check_nodes(r: Resources) -> str | None:
     if asked and not fitting:  # a job is never spread over several
         raise UserError("; ".join(refused.values()))
     return ",".join(fitting) or None
+
+
+def fills_nodes(r: Resources) -> bool:
+    """Whether the job takes all GPUs of the nodes that it may get: then it may have all else of them, too."""
+    partitions = (_check_nodes(r) or "").split(",")
+    here = [nodes.gpus for nodes in _known() if nodes.partition in partitions]
+    return 0 < r.gpus >= max(here, default=math.inf)
+
+
+def _known() -> list[_Nodes]:
+    return [_parse(line) for line in ask(["sinfo", "-h", "-o", "%P|%D|%G|%l"]).splitlines()]
 
 
 def _parse(line: str) -> _Nodes:

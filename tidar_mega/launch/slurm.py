@@ -68,7 +68,9 @@ def place(slurm: dict | os._Environ) -> dict[str, str]:
 
 def check_tasks(job: dict | os._Environ) -> None:
     """Whether a job whose batch shell has the environment `job` has a task for each GPU. Raises ConfigError."""
-    gpus, tasks = (int(job.get(f"SLURM_{name}") or 0) for name in ("GPUS_ON_NODE", "NTASKS_PER_NODE"))
+    # what was asked for, if it is known: a job that has its nodes for itself is given all of their GPUs
+    asked = job.get("SLURM_GPUS_PER_NODE") or job.get("SLURM_GPUS_ON_NODE") or "0"
+    gpus, tasks = int(asked.rpartition(":")[2]), int(job.get("SLURM_NTASKS_PER_NODE") or 0)
     if gpus and tasks and gpus != tasks:
         raise ConfigError(
             f"--ntasks-per-node {tasks}: must be --gpus-per-node ({gpus}), one process per GPU; give sbatch both, "
