@@ -75,7 +75,7 @@ def test_a_plan_that_does_not_fit_says_so_and_how(capsys):
 
 
 ERRORS = {
-    "--gpus=3": "must divide --gpus (3)",
+    "--gpus=3": "must divide the 3 GPUs (--gpus); lower one of them, or take a multiple of 2",
     "--gpus=0": "--gpus 0: must be above 0",
     "parallel.data=8": "parallel.data = 8: 64 GPUs",
     "--hardware=tpu": "must be one of a100",

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 
-from tidar_mega.config import Config, ConfigError, UserError
+from tidar_mega.config import Config, ConfigError, UserError, replicas
 from tidar_mega.lifetime import end_with
 
 _LOOPBACK = "127.0.0.1"
@@ -25,11 +25,14 @@ _HINTS = {
 
 
 def local_processes(config: Config, gpus: int) -> int:
-    """How many processes to start on this machine, at most one per GPU where there are GPUs. Raises ConfigError."""
+    """How many processes to start on this machine, at most one per GPU where there are GPUs. Raises ConfigError,
+    also where the batch cannot be shared out among them."""
     p = config.parallel
     data = p.data or max(1, gpus // p.model_size)
     sizes = {"tensor": p.tensor, "pipeline": p.pipeline, "context": p.context, "data": data}
-    return processes_of("parallel", sizes, gpus)
+    processes = processes_of("parallel", sizes, gpus)
+    replicas(config, processes, f"{processes} processes")
+    return processes
 
 
 def processes_of(section: str, sizes: dict[str, int], gpus: int) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tidar_mega.config import Config, ConfigError, UserError, check_batch
+from tidar_mega.config import Config, ConfigError, UserError, replicas
 from tidar_mega.launch.slurm import ask
 
 # options of sbatch that are made from the other fields, and those that the script needs as they are
@@ -55,17 +55,7 @@ def check(config: Config, r: Resources) -> None:
             raise ConfigError(f"--sbatch={option}: must be a long option of sbatch, such as --sbatch=--account=physics")
         if name in _DECIDED:
             raise ConfigError(f"--sbatch={option}: --{name} is decided by the other options (tidar launch --help)")
-    p = config.parallel
-    what = f"{r.world_size} processes ({r.nodes} nodes x {r.tasks_per_node})"
-    if r.world_size % p.model_size:
-        raise ConfigError(
-            f"parallel.tensor x pipeline x context = {p.tensor} x {p.pipeline} x {p.context}: must divide the {what}; "
-            "change one of them, --nodes or --gpus"
-        )
-    data = r.world_size // p.model_size
-    if p.data not in (None, data):
-        raise ConfigError(f"parallel.data = {p.data}: {what} make {data} replicas; leave it out, or set it to {data}")
-    check_batch(config, data)
+    replicas(config, r.world_size, f"{r.world_size} processes ({r.nodes} nodes x {r.tasks_per_node})")
     if 60 * minutes(r.time) <= r.signal_seconds:
         raise ConfigError(f"--time {r.time}: must be more than the {r.signal_seconds} s kept for the last save")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from tidar_mega.config import Config, ConfigError, check_batch
+from tidar_mega.config import Config, replicas
 from tidar_mega.plan.parameters import adapter_parameters, depths, stage_parameters
 
 
@@ -110,17 +110,5 @@ class Layout:
 
 def make_layout(config: Config, vocab_size: int, gpus: int) -> Layout:
     """The layout of `config` on `gpus` GPUs. Raises ConfigError."""
-    p, size = config.parallel, config.parallel.model_size
-    product = f"parallel.tensor x pipeline x context = {p.tensor} x {p.pipeline} x {p.context}"
-    if gpus % size:
-        raise ConfigError(
-            f"{product}: must divide --gpus ({gpus}); lower one of them, or take a multiple of {size} GPUs"
-        )
-    data = gpus // size
-    if p.data not in (None, data):
-        raise ConfigError(
-            f"parallel.data = {p.data}: {gpus} GPUs / ({product}) make {data}; "
-            "set it to that or to null, or change --gpus"
-        )
-    check_batch(config, data)
+    data = replicas(config, gpus, f"{gpus} GPUs (--gpus)")
     return Layout(config, config.padded_vocab_size(vocab_size), data)
