@@ -19,6 +19,8 @@ from tidar_mega.config import ConfigError, LostError, UserError, load
 from tidar_mega.launch import __main__ as launch_main
 from tidar_mega.launch import command, jobs, resources, restarts, slurm
 from tidar_mega.launch.resources import Resources
+from tidar_mega.lifetime import STOP_SIGNALS
+from tidar_mega.train import health
 
 ROOT = Path(__file__).parent.parent
 TASK = {
@@ -209,7 +211,7 @@ RUNNING = "JobId=7 JobState=RUNNING BatchFlag=1 Requeue=1"
 @pytest.fixture
 def job(monkeypatch):
     """This process is one of job 7 of submitit, in its first start, and may change what signals do."""
-    before = {number: signal.getsignal(number) for number in jobs._SIGNALS}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
     for name in ("SLURM_ARRAY_JOB_ID", "SLURM_RESTART_COUNT"):
@@ -518,6 +520,22 @@ def test_a_run_that_is_launched_again_for_more_steps_is_not_finished(tmp_path, m
     fake(monkeypatch, tmp_path, "scontrol", 'echo "JobId=7 JobState=CANCELLED"')
     asked.follow = True
     assert command.run(asked) == 1
+
+
+def test_every_signal_that_stops_a_run_is_handed_on_to_it():
+    assert set(STOP_SIGNALS) == set(health.STOP_SIGNALS)
+
+
+def test_the_status_names_the_checkpoint_of_the_highest_step(tmp_path, monkeypatch, capsys):
+    """Beyond eight digits, and beside what has no number."""
+    fake(monkeypatch, tmp_path / "bin", "scontrol", 'echo "JobId=7 JobState=PENDING"')
+    (tmp_path / "job.json").write_text(json.dumps({"job": "7"}))
+    for name in ("step_99999999", "step_100000000", "step_draft"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    command.run(parser.parse_args(["--status", str(tmp_path)]))
+    assert "newest checkpoint: step_100000000\n" in capsys.readouterr().out
 
 
 def test_a_run_that_was_not_launched_has_no_status(tmp_path):

@@ -114,8 +114,8 @@ def _status(run: Path) -> int:
     where = known.get("NodeList", "(null)")
     print(f"job {job}: {state}" + (f" on {where}" if where != "(null)" else f" ({known.get('Reason', '')})"))
     print(f"started again: {known.get('Restarts', 'unknown')} times; for {known.get('RunTime', 'unknown')} now")
-    steps = sorted(p.name for p in (run / "checkpoints").glob("step_*"))
-    print(f"newest checkpoint: {steps[-1] if steps else 'none'}")
+    newest = restarts.newest_step(run)
+    print(f"newest checkpoint: {'none' if newest < 0 else f'step_{newest:08d}'}")
     if (run / "finished.json").exists():
         print("finished")
     elif note.get("stopped"):

@@ -26,7 +26,7 @@ from tidar_mega import config as config_module
 from tidar_mega.config import Config, UserError
 from tidar_mega.launch import restarts, slurm
 from tidar_mega.launch.resources import Resources, check, check_cluster, fills_nodes, minutes
-from tidar_mega.lifetime import end_with
+from tidar_mega.lifetime import STOP_SIGNALS, end_with
 
 if TYPE_CHECKING:
     import submitit
@@ -37,7 +37,6 @@ SETTINGS = "settings.yaml"  # of a snapshot: every setting of the run that is su
 _CPUS = "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-$((SLURM_CPUS_ON_NODE / SLURM_NTASKS_PER_NODE))}"
 _END_SECONDS = 900.0  # for the marker of rank 0 or its requeue, which is tried twice where the controller is away
 ASK_SECONDS = 10.0  # between two questions to the controller
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 _FINAL = (UserError.exit_code, restarts.GAVE_UP)
 
 
@@ -155,7 +154,7 @@ class Pretrain:
             raise UserError(restarts.first_failure(_logs(settings)))
         if code and not done:
             raise UserError(f"ended with code {code}; {restarts.first_failure(_logs(settings))}")
-        return {"finished": done, "step": restarts.newest_step(settings), "run_dir": settings.run_dir}
+        return {"finished": done, "step": restarts.newest_step(Path(settings.run_dir)), "run_dir": settings.run_dir}
 
     def _run(self, settings: Config) -> int:
         path = os.pathsep.join(part for part in (self.code, os.environ.get("PYTHONPATH")) if part)
@@ -175,7 +174,7 @@ class Pretrain:
                 start_new_session=True,  # Ctrl-C reaches it through this process only, once
                 preexec_fn=functools.partial(end_with, os.getpid()),
             )
-            before = {number: signal.signal(number, lambda n, _: child.send_signal(n)) for number in _SIGNALS}
+            before = {number: signal.signal(number, lambda n, _: child.send_signal(n)) for number in STOP_SIGNALS}
             try:
                 return child.wait()
             finally:

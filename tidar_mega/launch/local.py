@@ -14,7 +14,7 @@ import sys
 import time
 
 from tidar_mega.config import Config, ConfigError, UserError, replicas
-from tidar_mega.lifetime import end_with
+from tidar_mega.lifetime import STOP_SIGNALS, end_with
 
 _LOOPBACK = "127.0.0.1"
 _PORTS = range(20000, 30000)  # those of Slurm jobs are below (slurm.py)
@@ -76,7 +76,7 @@ def run_local(arguments: list[str], processes: int, gpus: int) -> int:
             if rank.poll() is None:
                 rank.send_signal(signal.SIGKILL if again else number)
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    for number in STOP_SIGNALS:
         signal.signal(number, hand_on)
     for rank in range(processes):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}

@@ -157,7 +157,7 @@ def _refusal(config: Config, job: str) -> str | None:
 def _count_idle(config: Config, job: str, count: int) -> int:
     """How many starts of this job in a row, this one included, have ended without a checkpoint of their own."""
     path = Path(config.run_dir) / "restarts.json"
-    newest, last = newest_step(config), _read(path)
+    newest, last = newest_step(path.parent), _read(path)
     same = last.get("job") == job
     if same and last["restart"] == count:
         return last["idle"]  # another process of this start was here before
@@ -167,9 +167,9 @@ def _count_idle(config: Config, job: str, count: int) -> int:
     return idle
 
 
-def newest_step(config: Config) -> int:
-    """The step of the newest checkpoint, -1 without one."""
-    steps = [p.name.removeprefix("step_") for p in (Path(config.run_dir) / "checkpoints").glob("step_*")]
+def newest_step(run: Path) -> int:
+    """The step of the newest checkpoint of a run folder, -1 without one."""
+    steps = [p.name.removeprefix("step_") for p in (run / "checkpoints").glob("step_*")]
     return max((int(step) for step in steps if step.isdigit()), default=-1)
 
 
