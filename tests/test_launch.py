@@ -104,9 +104,8 @@ def test_more_options_reach_sbatch_and_none_that_is_decided_elsewhere(tmp_path, 
     for wrong, said in {"account=physics": "a long option", "--partition=big": "--partition is decided by"}.items():
         with pytest.raises(ConfigError, match=said):
             resources.check(config, Resources(gpus=8, sbatch=[wrong]))
-    shown = launch(
-        "configs/quickstart.yaml", "--gpus=2", *(f"--sbatch={o}" for o in more), "--dry-run", PATH="/nowhere"
-    )
+    words = ["--gpus=2", *(f"--sbatch={option}" for option in more), prepared(tmp_path / "corpus")]
+    shown = launch("configs/quickstart.yaml", *words, "--dry-run", PATH="/nowhere")
     assert f"{' '.join(more)} {ROOT}/slurm/pretrain.sh" in shown.stdout, shown.stderr
 
     fake(monkeypatch, tmp_path, "sinfo", "echo 'big*|4|gpu:8|infinite'")
@@ -475,8 +474,16 @@ def launch(*words: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
 
 
+def prepared(folder: Path) -> str:
+    """The setting of a corpus that looks finished."""
+    folder.mkdir()
+    (folder / "index.json").touch()
+    return f"data.path={folder}"
+
+
 def test_a_dry_run_shows_the_command_and_the_script_and_a_launch_needs_slurm(tmp_path):
     words = ("configs/quickstart.yaml", "--nodes", "2", "--gpus", "1", "--time", "12:00:00", f"run_dir={tmp_path}/run")
+    words += (prepared(tmp_path / "corpus"),)
     shown = launch(*words, "--dry-run", PATH="/nowhere")
     assert shown.returncode == 0, shown.stderr
     assert "sbatch --nodes=2 --gpus-per-node=1 --time=12:00:00 --signal=USR2@300" in shown.stdout
@@ -485,14 +492,37 @@ def test_a_dry_run_shows_the_command_and_the_script_and_a_launch_needs_slurm(tmp
     assert misspelt.returncode == 2 and "method = tidra: must be one of ar, " in misspelt.stderr
     refused = launch(*words, PATH="/nowhere")
     assert refused.returncode == 2 and "sbatch is not on PATH" in refused.stderr
-    assert not list(tmp_path.iterdir())
+    unprepared = launch(*words, f"data.path=[{tmp_path}/corpus,/nodata]", "--dry-run", PATH="/nowhere")
+    assert unprepared.returncode == 2 and "error: data.path = /nodata: no index.json there" in unprepared.stderr
+    weightless = launch(*words, "train.init_from=/nonexist", "--dry-run", PATH="/nowhere")
+    assert weightless.returncode == 2 and "error: train.init_from = /nonexist: must be a folder" in weightless.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_to_begin_with_are_a_model_a_run_or_a_checkpoint(tmp_path):
+    data = prepared(tmp_path / "corpus")
+    for name in ("model/config.json", "run/checkpoints/step_00000005/meta.json", "new/checkpoints/metrics.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    for good in ("model", "run", "run/checkpoints", "run/checkpoints/step_00000005"):
+        resources.check_inputs(load(None, [data, f"train.init_from={tmp_path / good}"]))
+    for bad in ("new", "model/config.json", "corpus"):
+        with pytest.raises(ConfigError, match="train.init_from = "):
+            resources.check_inputs(load(None, [data, f"train.init_from={tmp_path / bad}"]))
+    resources.check_inputs(load(None, ["data.path=/nodata", "launch.check_shared=false"]))
+
+
+def test_a_launch_imports_no_torch():
+    code = "import sys, tidar_mega.launch.command; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_a_cluster_without_srun_is_said(tmp_path):
     for name in ("sbatch", "scontrol"):
         (tmp_path / name).write_text("#!/bin/sh")
         (tmp_path / name).chmod(0o755)
-    refused = launch("configs/quickstart.yaml", "--gpus", "2", f"run_dir={tmp_path}/run", PATH=str(tmp_path))
+    words = ("configs/quickstart.yaml", "--gpus", "2", f"run_dir={tmp_path}/run", prepared(tmp_path / "corpus"))
+    refused = launch(*words, PATH=str(tmp_path))
     assert refused.returncode == 2 and "srun is not on PATH" in refused.stderr
 
 
@@ -505,7 +535,7 @@ def test_a_run_that_is_launched_again_for_more_steps_is_not_finished(tmp_path, m
     fake(monkeypatch, tmp_path, "scontrol", 'echo "JobId=7 JobState=PENDING"')
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
-    words = [f"run_dir={tmp_path / 'run'}", "parallel.data=1"]
+    words = [f"run_dir={tmp_path / 'run'}", "parallel.data=1", prepared(tmp_path / "corpus")]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.yaml").write_text(CONFIG)
     for steps in (60, 61):

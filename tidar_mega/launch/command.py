@@ -12,7 +12,7 @@ from pathlib import Path
 from tidar_mega import config as config_module
 from tidar_mega.config import Config, UserError
 from tidar_mega.launch import jobs, restarts, slurm
-from tidar_mega.launch.resources import Resources, check, check_cluster
+from tidar_mega.launch.resources import Resources, check, check_cluster, check_inputs
 
 _WAITING = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPENDED")
 
@@ -56,6 +56,7 @@ def run(args) -> int:
     names = ("nodes", "gpus", "tasks", "cpus", "time", "partition", "signal_seconds", "sbatch")
     r = Resources(**{name: getattr(args, name) for name in names})
     check(config, r)
+    check_inputs(config)
     words = [args.config, *args.overrides]
     if args.dry_run:
         return _show(config, words, r)
@@ -77,7 +78,9 @@ def _ask_slurm(command: list[str]) -> None:
 
 
 def _show(config: Config, words: list[str], r: Resources) -> int:
-    print(f"# {r.nodes} nodes x {r.tasks_per_node} processes; settings and layout are good")
+    print(
+        f"# {r.nodes} nodes x {r.tasks_per_node} processes; settings and layout are good, and what they name is there"
+    )
     command = jobs.sbatch_command(jobs.script(), words, r)
     if shutil.which("sbatch"):
         check_cluster(config, r)

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from tidar_mega import config as config_module
 from tidar_mega.config import Config, UserError
 from tidar_mega.launch import restarts, slurm
-from tidar_mega.launch.resources import Resources, check, check_cluster, fills_nodes, minutes
+from tidar_mega.launch.resources import Resources, check, check_cluster, check_inputs, fills_nodes, minutes
 from tidar_mega.lifetime import STOP_SIGNALS, end_with
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ def _sweep_folder(base: Path, own: Sequence[str]) -> Path:
 def _task(config: str | Path, overrides: list[str], r: Resources, executor: str) -> tuple[Pretrain, Config]:
     settings = config_module.load(config, overrides)
     check(settings, r)
+    check_inputs(settings)
     own: tuple[str, ...] = ()
     if executor == "slurm":
         check_cluster(settings, r)

@@ -17,6 +17,8 @@ from tidar_mega.launch.slurm import ask
 
 # options of sbatch that are made from the other fields, and those that the script needs as they are
 _DECIDED = ("nodes", "gpus-per-node", "ntasks-per-node", "cpus-per-task", "time", "partition", "signal", "export")
+# of a Hugging Face model, of a checkpoint, and where a run has those
+_WEIGHTS = ("config.json", "meta.json", "step_*/meta.json", "checkpoints/step_*/meta.json")
 _OWN_DISKS = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "ramfs", "overlay", "fuse-overlayfs"}
 
 
@@ -72,6 +74,25 @@ def minutes(time: str) -> int:
     else:
         seconds = 60 * first + second
     return -(-seconds // 60)
+
+
+def check_inputs(config: Config) -> None:
+    """Whether the data and the weights to begin with are there, as far as their folders say. Raises ConfigError."""
+    if not config.launch.check_shared:
+        return
+    elsewhere = "; or, if the nodes see it and this machine does not, launch.check_shared=false"
+    for folder in config.data.folders:
+        if not (Path(folder) / "index.json").is_file():
+            raise ConfigError(
+                f"data.path = {folder}: no index.json there, so it is not a finished folder of `tidar prepare`; run "
+                f"that first, or name another folder{elsewhere}"
+            )
+    weights = config.train.init_from
+    if weights is not None and not any(next(Path(weights).glob(name), None) for name in _WEIGHTS):
+        raise ConfigError(
+            f"train.init_from = {weights}: must be a folder of Hugging Face (with config.json), a run folder with a "
+            f"checkpoint, or one of its checkpoints/step_* folders{elsewhere}"
+        )
 
 
 def check_cluster(config: Config, r: Resources) -> None:
