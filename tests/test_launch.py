@@ -35,31 +35,33 @@ TASK = {
 
 
 def test_a_task_takes_its_place_from_slurm():
-    place = slurm.place({**TASK, "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"})
-    assert place["RANK"] == "9" and place["LOCAL_RANK"] == "1" and place["WORLD_SIZE"] == "16"
-    assert place["LOCAL_WORLD_SIZE"] == "8" and place["MASTER_ADDR"] == "gpu07"
-    assert 10000 <= int(place["MASTER_PORT"]) < 20000
-    assert slurm.place({**TASK, "CUDA_VISIBLE_DEVICES": "1"})["LOCAL_RANK"] == "0", "Slurm shows it one GPU only"
+    env = slurm.distributed_env({**TASK, "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"})
+    assert env["RANK"] == "9" and env["LOCAL_RANK"] == "1" and env["WORLD_SIZE"] == "16"
+    assert env["LOCAL_WORLD_SIZE"] == "8" and env["MASTER_ADDR"] == "gpu07"
+    assert 10000 <= int(env["MASTER_PORT"]) < 20000
+    assert slurm.distributed_env({**TASK, "CUDA_VISIBLE_DEVICES": "1"})["LOCAL_RANK"] == "0", (
+        "Slurm shows it one GPU only"
+    )
     with pytest.raises(ConfigError, match="one process per GPU"):
-        slurm.place({**TASK, "SLURM_LOCALID": "2", "CUDA_VISIBLE_DEVICES": "0,1"})
+        slurm.distributed_env({**TASK, "SLURM_LOCALID": "2", "CUDA_VISIBLE_DEVICES": "0,1"})
 
 
 def test_steps_of_neighbouring_jobs_have_ports_of_their_own():
     steps = [{"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)} for job in range(100, 140) for step in range(4)]
-    assert len({slurm.place({**TASK, **step})["MASTER_PORT"] for step in steps}) == len(steps)
+    assert len({slurm.distributed_env({**TASK, **step})["MASTER_PORT"] for step in steps}) == len(steps)
 
 
 def test_a_task_in_a_container_whose_hook_sets_ranks_takes_its_whole_place_from_slurm(monkeypatch):
     hook = {"RANK": "9", "LOCAL_RANK": "1", "WORLD_SIZE": "16", "MASTER_ADDR": "gpu07", "MASTER_PORT": "61001"}
     monkeypatch.setattr(os, "environ", {**TASK, **hook})
-    assert slurm.take_place()
+    assert slurm.set_distributed_env()
     assert os.environ["LOCAL_WORLD_SIZE"] == "8" and os.environ["MASTER_PORT"] != "61001"
     monkeypatch.setattr(os, "environ", {**TASK, **hook, "LOCAL_WORLD_SIZE": "2", "RANK": "1"})
-    assert slurm.take_place() and os.environ["RANK"] == "1", "torchrun in a task has the last word"
+    assert slurm.set_distributed_env() and os.environ["RANK"] == "1", "torchrun in a task has the last word"
     monkeypatch.setattr(os, "environ", {"RANK": "3"})
-    assert slurm.take_place(), "any launcher, where Slurm is not"
+    assert slurm.set_distributed_env(), "any launcher, where Slurm is not"
     monkeypatch.setattr(os, "environ", {**TASK, **hook, "SLURM_STEP_NUM_TASKS": "1", "RANK": "0"})
-    assert not slurm.take_place(), "a single task starts the processes of its layout itself"
+    assert not slurm.set_distributed_env(), "a single task starts the processes of its layout itself"
 
 
 def test_layouts_that_do_not_fit_the_job_are_refused():
@@ -154,7 +156,7 @@ def test_partitions_are_those_that_slurm_would_take(partition, environment, aske
 def test_a_finished_run_is_known_only_with_its_checkpoint(tmp_path):
     config = load(None, [f"run_dir={tmp_path}", "train.steps=60"])
     assert restarts.finished(config) is None
-    assert restarts.conclude(config, 60) == 0
+    assert restarts.finish_or_requeue(config, 60) == 0
     assert restarts.finished(config) is None, "no checkpoint is there"
     (tmp_path / "checkpoints" / "step_00000060").mkdir(parents=True)
     assert restarts.finished(config) == 60
@@ -163,7 +165,7 @@ def test_a_finished_run_is_known_only_with_its_checkpoint(tmp_path):
 
 def test_a_run_that_goes_on_is_not_finished(tmp_path):
     (tmp_path / "checkpoints" / "step_00000060").mkdir(parents=True)
-    restarts.conclude(load(None, [f"run_dir={tmp_path}", "train.steps=60"]), 60)
+    restarts.finish_or_requeue(load(None, [f"run_dir={tmp_path}", "train.steps=60"]), 60)
     restarts.begin(load(None, [f"run_dir={tmp_path}", "train.steps=60"]))
     assert list(tmp_path.glob("*.json")), "it does not go on"
     restarts.begin(load(None, [f"run_dir={tmp_path}", "train.steps=61"]))
@@ -224,14 +226,14 @@ def test_a_requeue_that_nobody_answers_can_be_tried_again(job, tmp_path, monkeyp
     monkeypatch.setattr(slurm, "_AWAY_SECONDS", 0.2)
     config = load(None, [f"run_dir={tmp_path / 'run'}"])
     fake(monkeypatch, tmp_path / "bin", "scontrol", AWAY)
-    assert restarts.conclude(config, 1) == LostError.exit_code
+    assert restarts.finish_or_requeue(config, 1) == LostError.exit_code
     assert "error: job 7 is not requeued: `scontrol show job --oneliner 7` got no answer" in capsys.readouterr().err
     fake(monkeypatch, tmp_path / "bin", "scontrol", f'echo "{RUNNING}"')
     restarts.after_crash(config, LostError.exit_code)
     assert "scontrol requeue 7" in (tmp_path / "bin" / "calls").read_text(), "no code was noted as final"
     fake(monkeypatch, tmp_path / "bin", "scontrol", f'echo "{RUNNING} Restarts=100"')
     monkeypatch.setenv("SLURM_RESTART_COUNT", "100")
-    assert restarts.conclude(config, 1) == restarts.GAVE_UP
+    assert restarts.finish_or_requeue(config, 1) == restarts.GAVE_UP
     assert restarts.after_crash(config, 143) == restarts.GAVE_UP, "noted"
 
 
@@ -334,7 +336,7 @@ def test_the_rank_that_failed_first_is_found(tmp_path):
 def test_a_rank_that_crashes_once_the_run_is_finished_changes_nothing(job, tmp_path):
     config = load(None, [f"run_dir={tmp_path}", "train.steps=60"])
     (tmp_path / "checkpoints" / "step_00000060").mkdir(parents=True)
-    restarts.conclude(config, 60)
+    restarts.finish_or_requeue(config, 60)
     assert restarts.after_crash(config, 134) == 0
 
 
@@ -528,7 +530,7 @@ def test_a_cluster_without_srun_is_said(tmp_path):
 
 def test_a_run_that_is_launched_again_for_more_steps_is_not_finished(tmp_path, monkeypatch, capsys):
     (tmp_path / "run" / "checkpoints" / "step_00000060").mkdir(parents=True)
-    restarts.conclude(load(None, [f"run_dir={tmp_path / 'run'}", "train.steps=60"]), 60)
+    restarts.finish_or_requeue(load(None, [f"run_dir={tmp_path / 'run'}", "train.steps=60"]), 60)
     fake(monkeypatch, tmp_path, "sbatch", "echo 7")
     fake(monkeypatch, tmp_path, "srun")
     fake(monkeypatch, tmp_path, "sinfo")

@@ -136,7 +136,7 @@ class Pretrain:
     """What each task of a job of submitit runs: `tidar pretrain` in a process of its own.
 
     submitit's way to a checkpoint, a method that its signal handler calls on rank 0 alone, cannot save what lies on all
-    ranks. So the signal is handed on: the processes agree at a step boundary, save together, and rank 0 requeues.
+    ranks. So the signal is forwarded: the processes agree at a step boundary, save together, and rank 0 requeues.
     """
 
     config: str

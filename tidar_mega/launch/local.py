@@ -49,7 +49,7 @@ def processes_of(section: str, sizes: dict[str, int], gpus: int) -> int:
 def run_local(arguments: list[str], processes: int, gpus: int) -> int:
     """Runs `tidar <arguments>` in `processes` local ranks and returns the exit code.
 
-    Signals are handed on to every rank; a second Ctrl-C ends them at once. When one rank fails, the others are ended
+    Signals are forwarded to every rank; a second Ctrl-C ends them at once. When one rank fails, the others are ended
     and its code is returned.
     """
     environment = {
@@ -69,7 +69,7 @@ def run_local(arguments: list[str], processes: int, gpus: int) -> int:
 
     received: list[int] = []
 
-    def hand_on(number: int, _frame) -> None:
+    def forward_signal(number: int, _frame) -> None:
         again = number == signal.SIGINT and number in received
         received.append(number)
         for rank in ranks:
@@ -77,10 +77,10 @@ def run_local(arguments: list[str], processes: int, gpus: int) -> int:
                 rank.send_signal(signal.SIGKILL if again else number)
 
     for number in STOP_SIGNALS:
-        signal.signal(number, hand_on)
+        signal.signal(number, forward_signal)
     for rank in range(processes):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        # a session of its own: Ctrl-C reaches a rank through `hand_on` only, once
+        # a session of its own: Ctrl-C reaches a rank through `forward_signal` only, once
         started = subprocess.Popen(
             command,
             env={**environment, **place},

@@ -1,9 +1,9 @@
 """A job that goes back into Slurm's queue until its run is finished, and not for ever.
 
 Slurm itself requeues a job only when it preempts it or loses a node; never after a time limit or a crash. After a stop
-signal all ranks have saved together, and rank 0 requeues (`conclude`). After a crash the last line of the batch script
-does (`after_crash`). Both stop after `launch.max_restarts`, and after `launch.max_idle_restarts` without a new
-checkpoint.
+signal all ranks have saved together, and rank 0 requeues (`finish_or_requeue`). After a crash the last line of the
+batch script does (`after_crash`). Both stop after `launch.max_restarts`, and after `launch.max_idle_restarts` without a
+new checkpoint.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def begin(config: Config) -> None:
         (Path(config.run_dir) / _MARKER).unlink(missing_ok=True)
 
 
-def conclude(config: Config, step: int) -> int:
+def finish_or_requeue(config: Config, step: int) -> int:
     """On rank 0 after training has ended in order: marks a finished run, or requeues this job; the exit code."""
     if step >= config.train.steps:
         _write(Path(config.run_dir) / _MARKER, {"step": step, "checkpoint": f"step_{step:08d}"})

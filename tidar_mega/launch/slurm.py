@@ -18,7 +18,7 @@ _AWAY_SECONDS = 180.0  # for the controller to come back, or for its backup, whi
 _ANSWER_SECONDS = 120.0  # for one of Slurm's commands
 
 
-def take_place() -> bool:
+def set_distributed_env() -> bool:
     """True in a process that a launcher has given a rank; in a task of `srun` it takes that from Slurm's variables.
 
     Sets RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT there. Raises ConfigError.
@@ -34,13 +34,13 @@ def take_place() -> bool:
             f"this is the shell of a Slurm job with {tasks} tasks: it would train on its first node alone; "
             "start the run with srun, as slurm/pretrain.sh does"
         )
-    os.environ.update(place(os.environ))
+    os.environ.update(distributed_env(os.environ))
     os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # at a failure it would warn at length of every lost socket
     return True
 
 
-def place(slurm: dict | os._Environ) -> dict[str, str]:
+def distributed_env(slurm: dict | os._Environ) -> dict[str, str]:
     """The variables of torch's launcher for the `srun` task that has the environment `slurm`. Raises ConfigError."""
     local = int(slurm["SLURM_LOCALID"])
     visible = [gpu for gpu in slurm.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
