@@ -116,6 +116,8 @@ def test_more_options_reach_sbatch_and_none_that_is_decided_elsewhere(tmp_path, 
     script = {gpus: executor._executor._make_submission_file_text("", "") for gpus, executor in made.items()}
     for option in (*more, "--requeue"):
         assert f"#SBATCH {option}\n" in script[8] and f"#SBATCH {option}\n" in script[4]
+    once = jobs._executor(tmp_path, Resources(gpus=8, sbatch=["--no-requeue"]), "slurm")._executor
+    assert "--requeue" not in once._make_submission_file_text("", "")
     for option in ("--exclusive", "--mem=0"):
         assert f"#SBATCH {option}\n" in script[8] and f"#SBATCH {option}\n" not in script[4]
 

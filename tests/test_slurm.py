@@ -16,7 +16,8 @@ import pytest
 
 from tests.test_main_job import losses, make_corpus, metrics, tidar
 from tidar_mega import launch
-from tidar_mega.launch import restarts, slurm
+from tidar_mega.launch import jobs, restarts, slurm
+from tidar_mega.launch.resources import Resources
 
 pytestmark = [
     pytest.mark.slurm,
@@ -334,23 +335,35 @@ def test_submit_from_python_gives_the_same_run_also_through_a_stop(by, work, uni
     assert len(said) == 4 and "Traceback" not in "".join(said)  # the start that was stopped has left no result
 
 
+def test_a_task_of_submitit_has_its_share_of_the_node_s_cpus(work, monkeypatch):
+    """Of 8, in a job that takes both GPUs of each of its nodes, and so also all else."""
+    monkeypatch.chdir(work)
+    for asked, found in (({"gpus": 2}, "4"), ({"gpus": 1, "cpus": 3}, "3")):
+        r = Resources(nodes=2, time="10", signal_seconds=60, sbatch=["--comment=shares"], **asked)
+        job = jobs._executor(work / "shares", r, "slurm").submit(lambda: os.environ["SLURM_CPUS_PER_TASK"])
+        job.watcher._delay_s = 2
+        assert job.results() == 2 * r.gpus * [found] and slurm.show(job.job_id)["Comment"] == "shares"
+
+
 def test_a_sweep_of_three(work, monkeypatch):
     monkeypatch.chdir(work)
     rates = [[f"optimizer.lr={rate}", "train.steps=3", "parallel.data=null"] for rate in (1e-3, 2e-3, 3e-3)]
-    jobs = launch.sweep("run.yaml", rates, nodes=1, tasks=1, time="20", signal_seconds=60)
-    for job in jobs:
+    runs = launch.sweep("run.yaml", rates, nodes=1, tasks=1, time="20", signal_seconds=60)
+    for job in runs:
         job.watcher._delay_s = 2
-    assert [job.result()["step"] for job in jobs] == [3, 3, 3]
-    last = [metrics(work, job.result()["run_dir"])[3]["loss"] for job in jobs]
+    assert [job.result()["step"] for job in runs] == [3, 3, 3]
+    last = [metrics(work, job.result()["run_dir"])[3]["loss"] for job in runs]
     assert len(set(last)) == 3
 
 
 def test_launch_follows_a_job_that_runs_a_copy_of_the_code(work, monkeypatch):
     asked = ("--nodes", "2", "--gpus", "0", "--tasks", "2", "--time", "20", "run_dir=launched", "train.steps=3")
+    asked += ("--sbatch=--comment=more",)
     said = tidar(work, "launch", "run.yaml", *asked, "--follow")
     assert "done: 3 steps" in said and "logs in launched/logs/" in said
     status = tidar(work, "launch", "--status", "launched")
     assert "COMPLETED" in status and "newest checkpoint: step_00000003" in status and "finished" in status
+    assert slurm.show(json.loads((work / "launched" / "job.json").read_text())["job"])["Comment"] == "more"
     (copy,) = (work / "launched" / "code").iterdir()
     assert (copy / "tidar_mega" / "cli.py").read_text() == (ROOT / "tidar_mega" / "cli.py").read_text()
 

@@ -78,9 +78,7 @@ def _ask_slurm(command: list[str]) -> None:
 
 
 def _show(config: Config, words: list[str], r: Resources) -> int:
-    print(
-        f"# {r.nodes} nodes x {r.tasks_per_node} processes; settings and layout are good, and what they name is there"
-    )
+    print(f"# {r.nodes} nodes x {r.tasks_per_node} processes; settings and layout are good")
     command = jobs.sbatch_command(jobs.script(), words, r)
     if shutil.which("sbatch"):
         check_cluster(config, r)

@@ -123,7 +123,7 @@ def _executor(run_dir: Path, r: Resources, executor: str) -> submitit.AutoExecut
             slurm_srun_args=["--kill-on-bad-exit=1"],
             slurm_setup=[_CPUS],
             slurm_additional_parameters={
-                "requeue": True,
+                **({} if "--no-requeue" in r.sbatch else {"requeue": True}),
                 **{name.replace("-", "_"): value if equals else True for name, equals, value in more},
             },
             **{name: value for name, value in optional.items() if value is not None},
