@@ -41,7 +41,10 @@ _FINAL = (UserError.exit_code, restarts.GAVE_UP)
 
 
 def submit(
-    config: str | Path, overrides: Sequence[str] = (), executor: str = "slurm", **resources: int | str | None
+    config: str | Path,
+    overrides: Sequence[str] = (),
+    executor: str = "slurm",
+    **resources: int | str | Sequence[str] | None,
 ) -> submitit.Job:
     """Trains in a job of submitit, whose `results()` say for each task how far the run came:
     {"finished": .., "step": .., "run_dir": ..}; with one task, also `result()`.
@@ -59,7 +62,7 @@ def sweep(
     overrides: Sequence[Sequence[str]],
     executor: str = "slurm",
     at_once: int = 8,
-    **resources: int | str | None,
+    **resources: int | str | Sequence[str] | None,
 ) -> list[submitit.Job]:
     """One run for each list of overrides, as an array of jobs; prints which folder each run has.
 
