@@ -13,12 +13,17 @@
 #     sbatch --dependency=singleton --job-name=8b slurm/pretrain.sh CONFIG  # as often as wanted; one at a time by name
 #
 # Any line below can be changed on the command line of sbatch. Nodes, GPUs and the first node's address are Slurm's own.
+# To share nodes with others: --oversubscribe --mem=200G --cpus-per-task=8, or what the job needs.
 #
 #SBATCH --job-name=tidar
 #SBATCH --nodes=1
 # One process runs in each task, on a GPU of its own: the two are always equal, unless there are no GPUs.
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
+# Whole nodes with all of their memory and CPUs: by Slurm's own defaults a rank would have one CPU for itself, its NCCL, its
+# compiler and its writer, and the memory of that CPU.
+#SBATCH --exclusive
+#SBATCH --mem=0
 #SBATCH --time=24:00:00
 # 5 minutes before the time limit every rank gets USR2 (not the batch shell: that would need `B:` and a trap); they save
 # together at the next step boundary, and rank 0 requeues the job. Allow for the time of a step and of a save.
@@ -64,8 +69,10 @@ fi
 if ((code == 0)); then
     echo "$(date '+%F %T') job $SLURM_JOB_ID start ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST, logs in $logs"
 
-    # srun inherits the number of tasks, but not their CPUs
-    srun ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} ${container[@]+"${container[@]}"} --kill-on-bad-exit=1 --wait=60 --open-mode=append --output="$logs/rank_%t.log" \
+    # srun inherits the number of tasks, but not their CPUs: each has its share of those of the node that has the fewest
+    fewest=$(tr , '\n' <<<"${SLURM_JOB_CPUS_PER_NODE:-1}" | sed 's/(.*//' | sort -n | head -n 1)
+    cpus=${SLURM_CPUS_PER_TASK:-$((fewest / ${SLURM_NTASKS_PER_NODE:-1}))}
+    srun --cpus-per-task=$((cpus > 0 ? cpus : 1)) ${container[@]+"${container[@]}"} --kill-on-bad-exit=1 --wait=60 --open-mode=append --output="$logs/rank_%t.log" \
         "$python" -P -u -m tidar_mega.cli pretrain "$@"
     code=$?
 fi

@@ -1,7 +1,7 @@
 import pytest
 
 from tidar_mega import config as config_module
-from tidar_mega.config import ConfigError, load
+from tidar_mega.config import ConfigError, load, replicas
 
 BAD = {
     "train.bloc=3": "train.block",
@@ -127,11 +127,24 @@ def test_rows_that_sequence_parallel_cannot_split_are_refused():
         load(None, [*split, "train.draft_fraction=0.2"])
 
 
+def test_replicas_are_what_the_model_leaves_of_the_processes():
+    split = load(None, ["parallel.tensor=2", "parallel.context=2"])
+    assert replicas(split, 4, "4 GPUs") == 1 and replicas(split, 8, "8 GPUs") == 2
+    with pytest.raises(ConfigError, match=r"= 2 x 1 x 2: must divide the 6 GPUs; .* a multiple of 4"):
+        replicas(split, 6, "6 GPUs")
+    with pytest.raises(ConfigError, match=r"parallel.data = 1: 8 GPUs .* make 2 replicas; set it to 2 or to null"):
+        replicas(load(None, ["parallel.data=1", "parallel.tensor=4"]), 8, "8 GPUs")
+    with pytest.raises(ConfigError, match=r"train.global_batch_size = 16: must be a multiple of .* \(8 x 4\)"):
+        replicas(split, 16, "16 GPUs")
+
+
 def test_one_process_per_gpu():
     from tidar_mega import launch
 
     two = load(None, ["parallel.data=2"])
     assert launch.local_processes(two, gpus=0) == launch.local_processes(two, gpus=2) == 2
-    assert launch.local_processes(load(None), gpus=8) == 8
+    assert launch.local_processes(load(None, ["train.global_batch_size=64"]), gpus=8) == 8
+    with pytest.raises(ConfigError, match=r"train.global_batch_size = 16: must be a multiple of .* \(8 x 8\)"):
+        launch.local_processes(load(None), gpus=8)  # before any process starts
     with pytest.raises(ConfigError, match=r"this machine has 1 GPU"):
         launch.local_processes(two, gpus=1)

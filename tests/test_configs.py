@@ -60,6 +60,15 @@ def test_every_training_in_a_comment_is_allowed(words, monkeypatch):
     assert loaded.train.global_batch_size * loaded.data.seq_length == 1 << 21
 
 
+@pytest.mark.parametrize("name", ["tidar_8b", "tidar_70b"])
+def test_what_needs_several_nodes_says_how_to_submit_it(name):
+    (line,) = re.findall(r"`sbatch (.*?)`", PATHS[name].read_text())
+    nodes, script, path, *settings = line.split()
+    assert (ROOT / script).is_file() and ROOT / path == PATHS[name]
+    gpus = 8 * int(nodes.removeprefix("--nodes="))
+    assert config.replicas(config.load(ROOT / path, settings), gpus, f"{gpus} GPUs") > 1
+
+
 @pytest.mark.parametrize("words", TRAININGS, ids=" ".join)
 def test_an_h100_with_transformer_engine_can_do_it(words):
     from tidar_mega.model import precision

@@ -16,7 +16,8 @@ import pytest
 
 from tests.test_main_job import losses, make_corpus, metrics, tidar
 from tidar_mega import launch
-from tidar_mega.launch import restarts, slurm
+from tidar_mega.launch import jobs, restarts, slurm
+from tidar_mega.launch.resources import Resources
 
 pytestmark = [
     pytest.mark.slurm,
@@ -104,7 +105,8 @@ def rank_process(run: str, rank: int) -> psutil.Process:
     for process in psutil.process_iter(["cmdline"]):
         with contextlib.suppress(psutil.NoSuchProcess):
             words = process.info["cmdline"] or []
-            ours = f"run_dir={run}" in words and "tidar_mega.cli" in words and "srun" not in words[0]
+            ours = f"run_dir={run}" in words or any(f"/{run}/code/" in word for word in words)  # `tidar launch`'s
+            ours = ours and "tidar_mega.cli" in words and "srun" not in words[0]
             if ours and process.environ().get("SLURM_PROCID") == str(rank):
                 found.append(process)
     assert found, f"rank {rank} of {run} is not there"
@@ -140,6 +142,22 @@ def test_one_process_per_gpu_of_every_node(work):
     assert "4 process(es)" in said and "done: 3 steps" in said
     uneven = end(work, sbatch(work, "run_dir=gpus", options=("--nodes=2", "--ntasks-per-node=1", two[2])), "FAILED")
     assert "--ntasks-per-node 1: must be --gpus-per-node (2), one process per GPU" in uneven
+
+
+def test_a_task_has_its_share_of_the_node_s_cpus_and_one_of_its_gpus_may_be_used(work):
+    """The nodes have 8 CPUs and 2 GPUs, which a job that has them for itself is given, whatever it asks for."""
+    note = 'echo "$SLURM_PROCID of $SLURM_JOB_ID: $SLURM_CPUS_PER_TASK CPUs, GPUs $CUDA_VISIBLE_DEVICES"'
+    (work / "counting").write_text(f'#!/bin/bash\n{note} >>cpus.txt\nexec {sys.executable} "$@"\n')
+    (work / "counting").chmod(0o755)
+    env = (work / "slurm" / "env.sh").read_text() + "export TIDAR_PYTHON=$PWD/counting\n"
+    (work / "slurm" / "counting.sh").write_text(env)
+    share = ("--oversubscribe", "--mem=4G", "--cpus-per-task=2")
+    for asked, cpus in (((), 8), (share, 2)):
+        options = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--export=ALL,TIDAR_ENV=slurm/counting.sh")
+        job = sbatch(work, "run_dir=counted", "train.steps=3", options=(*options, *asked))
+        end(work, job)
+        said = [line for line in (work / "cpus.txt").read_text().splitlines() if f" of {job}: {cpus} CPUs" in line]
+        assert sorted(set(said)) == [f"{rank} of {job}: {cpus} CPUs, GPUs 0" for rank in (0, 1)]
 
 
 @pytest.mark.parametrize("how", ["USR2", "TERM"])
@@ -231,15 +249,38 @@ def test_restarts_are_bounded(work):
     assert max(metrics(work, "bounded")) < 30
 
 
-def test_a_cancelled_job_saves_and_stays_cancelled(work):
-    asked = ("--nodes", "2", "--gpus", "0", "--time", "20", "run_dir=cancelled", "train.steps=3000")
+def launched(work: Path, run: str, *settings: str) -> str:
+    """Launches a long run of two nodes, and waits for its third step; the job's id."""
+    asked = ("--nodes", "2", "--gpus", "0", "--time", "20", f"run_dir={run}", "train.steps=3000", *settings)
     job = re.search(r"job (\d+) is in the queue", tidar(work, "launch", "run.yaml", *asked))[1]
-    reached(work, "cancelled", 3)
+    reached(work, run, 3)
+    return job
+
+
+def test_a_cancelled_job_saves_and_ends_for_good(work):
+    """However long a save takes: Slurm's KillWait is 5 s here, and a step waits longer."""
+    job = launched(work, "cancelled", "checkpoint.interval=3000")
     assert f"job {job}: RUNNING on 127.0.0.[11-12]" in tidar(work, "launch", "--status", "cancelled")
-    assert f"job {job} is cancelled" in tidar(work, "launch", "--cancel", "cancelled")
-    said = end(work, job, "CANCELLED")
+    paused = rank_process("cancelled", 1)
+    paused.suspend()
+    assert f"job {job} saves at the next step boundary" in tidar(work, "launch", "--cancel", "cancelled")
+    time.sleep(12)
+    paused.resume()
+    said = end(work, job, "FAILED")
+    stopped_at = int(said.split("SIGUSR2: stopped at step ")[1].split(";")[0])
     assert "is requeued" not in said and restarted(job) == 0
-    assert "CANCELLED" in tidar(work, "launch", "--status", "cancelled")
+    status = tidar(work, "launch", "--status", "cancelled")
+    assert f"newest checkpoint: step_{stopped_at:08d}" in status and "the same command resumes it" in status
+
+
+def test_a_job_that_is_cancelled_twice_ends_at_once(work):
+    job = launched(work, "cancelled_twice")
+    paused = rank_process("cancelled_twice", 1)
+    paused.suspend()
+    tidar(work, "launch", "--cancel", "cancelled_twice")
+    assert f"job {job} is cancelled" in tidar(work, "launch", "--cancel", "cancelled_twice")
+    said = end(work, job, "CANCELLED", seconds=60)
+    assert "is requeued" not in said and restarted(job) == 0
 
 
 BAD = {
@@ -294,23 +335,35 @@ def test_submit_from_python_gives_the_same_run_also_through_a_stop(by, work, uni
     assert len(said) == 4 and "Traceback" not in "".join(said)  # the start that was stopped has left no result
 
 
+def test_a_task_of_submitit_has_its_share_of_the_node_s_cpus(work, monkeypatch):
+    """Of 8, in a job that takes both GPUs of each of its nodes, and so also all else."""
+    monkeypatch.chdir(work)
+    for asked, found in (({"gpus": 2}, "4"), ({"gpus": 1, "cpus": 3}, "3")):
+        r = Resources(nodes=2, time="10", signal_seconds=60, sbatch=["--comment=shares"], **asked)
+        job = jobs._executor(work / "shares", r, "slurm").submit(lambda: os.environ["SLURM_CPUS_PER_TASK"])
+        job.watcher._delay_s = 2
+        assert job.results() == 2 * r.gpus * [found] and slurm.show(job.job_id)["Comment"] == "shares"
+
+
 def test_a_sweep_of_three(work, monkeypatch):
     monkeypatch.chdir(work)
     rates = [[f"optimizer.lr={rate}", "train.steps=3", "parallel.data=null"] for rate in (1e-3, 2e-3, 3e-3)]
-    jobs = launch.sweep("run.yaml", rates, nodes=1, tasks=1, time="20", signal_seconds=60)
-    for job in jobs:
+    runs = launch.sweep("run.yaml", rates, nodes=1, tasks=1, time="20", signal_seconds=60)
+    for job in runs:
         job.watcher._delay_s = 2
-    assert [job.result()["step"] for job in jobs] == [3, 3, 3]
-    last = [metrics(work / "runs" / "default", f"sweep_{n}")[3]["loss"] for n in range(3)]
+    assert [job.result()["step"] for job in runs] == [3, 3, 3]
+    last = [metrics(work, job.result()["run_dir"])[3]["loss"] for job in runs]
     assert len(set(last)) == 3
 
 
 def test_launch_follows_a_job_that_runs_a_copy_of_the_code(work, monkeypatch):
     asked = ("--nodes", "2", "--gpus", "0", "--tasks", "2", "--time", "20", "run_dir=launched", "train.steps=3")
+    asked += ("--sbatch=--comment=more",)
     said = tidar(work, "launch", "run.yaml", *asked, "--follow")
     assert "done: 3 steps" in said and "logs in launched/logs/" in said
     status = tidar(work, "launch", "--status", "launched")
     assert "COMPLETED" in status and "newest checkpoint: step_00000003" in status and "finished" in status
+    assert slurm.show(json.loads((work / "launched" / "job.json").read_text())["job"])["Comment"] == "more"
     (copy,) = (work / "launched" / "code").iterdir()
     assert (copy / "tidar_mega" / "cli.py").read_text() == (ROOT / "tidar_mega" / "cli.py").read_text()
 

@@ -151,12 +151,12 @@ def _pretrain(args) -> int:
     if args.print_config:
         print(config_module.to_yaml(config), end="")
         return 0
-    placed = launch.take_place()
+    has_rank = launch.set_distributed_env()
     if (steps := launch.finished(config)) is not None:
         if os.environ.get("RANK", "0") == "0":
             print(f"already done: {steps} steps; raise train.steps to go on", flush=True)
         return 0
-    if placed:
+    if has_rank:
         return _pretrain_worker(config)
     import torch
 
@@ -197,7 +197,7 @@ def _pretrain_worker(config: Config) -> int:
         patience = 30 * config.parallel.timeout_minutes if launch.restart_count() else 0.0
         progress = train(config, mesh, stop, roll_call, patience)
     stop.ignore()
-    return launch.conclude(config, progress.step) if rank == 0 else 0
+    return launch.finish_or_requeue(config, progress.step) if rank == 0 else 0
 
 
 # launch
@@ -250,7 +250,7 @@ def _in_ranks(args) -> int | None:
     from tidar_mega import launch
     from tidar_mega.decode import load
 
-    if launch.take_place():
+    if launch.set_distributed_env():
         if os.environ["RANK"] != "0":
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
             args.json = None

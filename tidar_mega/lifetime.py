@@ -1,4 +1,4 @@
-"""Child processes that end with the process that started them, however that one ends."""
+"""Child processes that end with the process that started them, however that one ends; and signals that end a run."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)  # as in train/health.py
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 

@@ -4,7 +4,7 @@
 names the key, the value found, what is allowed and what to do. Imports nothing of ours and no torch.
 """
 
-from tidar_mega.config.checks import check, check_batch
+from tidar_mega.config.checks import check, check_batch, replicas
 from tidar_mega.config.errors import ConfigError, LostError, UserError, require
 from tidar_mega.config.settings import (
     METHODS,
@@ -33,6 +33,7 @@ __all__ = [
     "from_tree",
     "load",
     "override",
+    "replicas",
     "require",
     "to_tree",
     "to_yaml",

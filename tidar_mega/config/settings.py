@@ -174,7 +174,8 @@ class LaunchConfig:
     """What surrounds the training on a cluster."""
 
     preflight: bool = True  # before the first step, look at every node: GPUs, exchange, clocks, disk, versions, config
-    check_shared: bool = True  # before a job is queued, refuse a run_dir that lies on a disk of this machine alone
+    # before a job is queued, refuse a run_dir on a disk of this machine alone, and data or weights that are not there
+    check_shared: bool = True
     max_restarts: int = 100  # a Slurm job is requeued at most this often
     max_idle_restarts: int = 3  # and at most this often in a row without a new checkpoint
 

@@ -3,12 +3,12 @@ handed to Slurm (`jobs.py`) and go back into its queue until the run is finished
 
 from tidar_mega.launch.jobs import submit, sweep
 from tidar_mega.launch.local import local_processes, processes_of, run_local
-from tidar_mega.launch.restarts import begin, conclude, finished, note_bad_nodes, note_exit
-from tidar_mega.launch.slurm import restart_count, take_place
+from tidar_mega.launch.restarts import begin, finish_or_requeue, finished, note_bad_nodes, note_exit
+from tidar_mega.launch.slurm import restart_count, set_distributed_env
 
 __all__ = [
     "begin",
-    "conclude",
+    "finish_or_requeue",
     "finished",
     "local_processes",
     "note_bad_nodes",
@@ -16,7 +16,7 @@ __all__ = [
     "processes_of",
     "restart_count",
     "run_local",
+    "set_distributed_env",
     "submit",
     "sweep",
-    "take_place",
 ]

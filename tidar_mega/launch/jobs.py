@@ -1,12 +1,15 @@
 """Runs that are handed to Slurm: by sbatch and slurm/pretrain.sh, or from Python as a job of submitit.
 
 Both start the same `tidar pretrain` in every task, with the same rules for requeues (`restarts.py`) and the same logs,
-RUN_DIR/logs/JOB/rank_*.log, and both run a copy of the code as it was when they were submitted, RUN_DIR/code.
+RUN_DIR/logs/JOB/rank_*.log, and both run a copy of the code and of the settings as they were when they were submitted,
+RUN_DIR/code.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import os
 import shutil
 import signal
@@ -22,21 +25,26 @@ from typing import TYPE_CHECKING
 from tidar_mega import config as config_module
 from tidar_mega.config import Config, UserError
 from tidar_mega.launch import restarts, slurm
-from tidar_mega.launch.resources import Resources, check, check_cluster, minutes
-from tidar_mega.lifetime import end_with
+from tidar_mega.launch.resources import Resources, check, check_cluster, check_inputs, fills_nodes, minutes
+from tidar_mega.lifetime import STOP_SIGNALS, end_with
 
 if TYPE_CHECKING:
     import submitit
 
 _ROOT = Path(__file__).parents[2]
+SETTINGS = "settings.yaml"  # of a snapshot: every setting of the run that is submitted
+# srun does not inherit it; as in slurm/pretrain.sh
+_CPUS = "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-$((SLURM_CPUS_ON_NODE / SLURM_NTASKS_PER_NODE))}"
 _END_SECONDS = 900.0  # for the marker of rank 0 or its requeue, which is tried twice where the controller is away
 ASK_SECONDS = 10.0  # between two questions to the controller
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 _FINAL = (UserError.exit_code, restarts.GAVE_UP)
 
 
 def submit(
-    config: str | Path, overrides: Sequence[str] = (), executor: str = "slurm", **resources: int | str | None
+    config: str | Path,
+    overrides: Sequence[str] = (),
+    executor: str = "slurm",
+    **resources: int | str | Sequence[str] | None,
 ) -> submitit.Job:
     """Trains in a job of submitit, whose `results()` say for each task how far the run came:
     {"finished": .., "step": .., "run_dir": ..}; with one task, also `result()`.
@@ -54,32 +62,52 @@ def sweep(
     overrides: Sequence[Sequence[str]],
     executor: str = "slurm",
     at_once: int = 8,
-    **resources: int | str | None,
+    **resources: int | str | Sequence[str] | None,
 ) -> list[submitit.Job]:
-    """One run for each list of overrides, as an array of jobs; a run without a run_dir of its own gets a numbered one.
+    """One run for each list of overrides, as an array of jobs; prints which folder each run has.
 
-    Raises UserError before anything is submitted.
+    Runs that do not fill their nodes share them: say `cpus`, and the memory as sbatch=["--mem=64G"].
+    A run without a run_dir of its own gets one that is named by its overrides: the same ones resume it in a later sweep
+    too, and others start anew. Raises UserError before anything is submitted.
     """
     r = Resources(**resources)
     base = Path(config_module.load(config).run_dir)
-    tasks = []
-    for number, own in enumerate(overrides):
+    runs = {}
+    for own in overrides:
         named = any(word.startswith("run_dir=") for word in own)
-        words = list(own) if named else [*own, f"run_dir={base / f'sweep_{number}'}"]
-        tasks.append(_task(config, words, r, executor)[0])
+        words = list(own) if named else [*own, f"run_dir={_sweep_folder(base, own)}"]
+        folder = config_module.load(config, words).run_dir
+        if folder in runs:
+            raise UserError(
+                f"overrides {list(own)}: another run of this sweep is in the same folder, {folder}; leave one of them "
+                "out, or give it a run_dir of its own"
+            )
+        runs[folder] = words
+    tasks = [_task(config, words, r, executor)[0] for words in runs.values()]
+    for folder, own in zip(runs, overrides, strict=True):
+        print(f"{folder}: {' '.join(own)}", flush=True)
     jobs = _executor(base, r, executor)
     jobs.update_parameters(**({"slurm_array_parallelism": at_once} if executor == "slurm" else {}))
     return jobs.map_array(Pretrain.__call__, tasks)
 
 
+def _sweep_folder(base: Path, own: Sequence[str]) -> Path:
+    """In whatever order the overrides stand; of two of one key the last one counts."""
+    settings = sorted(dict(word.partition("=")[::2] for word in own).items())
+    return base / f"sweep_{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]}"
+
+
 def _task(config: str | Path, overrides: list[str], r: Resources, executor: str) -> tuple[Pretrain, Config]:
     settings = config_module.load(config, overrides)
     check(settings, r)
+    check_inputs(settings)
+    own: tuple[str, ...] = ()
     if executor == "slurm":
         check_cluster(settings, r)
     elif settings.parallel.data is None:  # the processes are started by `tidar pretrain` itself
-        overrides = [*overrides, f"parallel.data={r.world_size // settings.parallel.model_size}"]
-    return Pretrain(str(config), tuple(overrides), str(make_ready(settings))), settings
+        own = (f"parallel.data={r.world_size // settings.parallel.model_size}",)
+    code = make_ready(settings)
+    return Pretrain(str(code / SETTINGS), own, str(code)), settings
 
 
 def _executor(run_dir: Path, r: Resources, executor: str) -> submitit.AutoExecutor:
@@ -89,11 +117,18 @@ def _executor(run_dir: Path, r: Resources, executor: str) -> submitit.AutoExecut
     jobs.update_parameters(name="tidar", timeout_min=minutes(r.time), nodes=r.nodes, tasks_per_node=1)
     if executor == "slurm":
         optional = {"slurm_partition": r.partition, "cpus_per_task": r.cpus, "gpus_per_node": r.gpus or None}
+        if fills_nodes(r):
+            optional |= {"slurm_exclusive": True, "slurm_mem": "0"}
+        more = (option.removeprefix("--").partition("=") for option in r.sbatch)
         jobs.update_parameters(
             tasks_per_node=r.tasks_per_node,
             slurm_signal_delay_s=r.signal_seconds,
             slurm_srun_args=["--kill-on-bad-exit=1"],
-            slurm_additional_parameters={"requeue": True},
+            slurm_setup=[_CPUS],
+            slurm_additional_parameters={
+                **({} if "--no-requeue" in r.sbatch else {"requeue": True}),
+                **{name.replace("-", "_"): value if equals else True for name, equals, value in more},
+            },
             **{name: value for name, value in optional.items() if value is not None},
         )
     return jobs
@@ -104,7 +139,7 @@ class Pretrain:
     """What each task of a job of submitit runs: `tidar pretrain` in a process of its own.
 
     submitit's way to a checkpoint, a method that its signal handler calls on rank 0 alone, cannot save what lies on all
-    ranks. So the signal is handed on: the processes agree at a step boundary, save together, and rank 0 requeues.
+    ranks. So the signal is forwarded: the processes agree at a step boundary, save together, and rank 0 requeues.
     """
 
     config: str
@@ -123,7 +158,7 @@ class Pretrain:
             raise UserError(restarts.first_failure(_logs(settings)))
         if code and not done:
             raise UserError(f"ended with code {code}; {restarts.first_failure(_logs(settings))}")
-        return {"finished": done, "step": restarts.newest_step(settings), "run_dir": settings.run_dir}
+        return {"finished": done, "step": restarts.newest_step(Path(settings.run_dir)), "run_dir": settings.run_dir}
 
     def _run(self, settings: Config) -> int:
         path = os.pathsep.join(part for part in (self.code, os.environ.get("PYTHONPATH")) if part)
@@ -143,7 +178,7 @@ class Pretrain:
                 start_new_session=True,  # Ctrl-C reaches it through this process only, once
                 preexec_fn=functools.partial(end_with, os.getpid()),
             )
-            before = {number: signal.signal(number, lambda n, _: child.send_signal(n)) for number in _SIGNALS}
+            before = {number: signal.signal(number, lambda n, _: child.send_signal(n)) for number in STOP_SIGNALS}
             try:
                 return child.wait()
             finally:
@@ -189,7 +224,8 @@ def _first_to_requeue(settings: Config) -> bool:
 
 
 def make_ready(settings: Config) -> Path:
-    """The run folder of a job that is to be submitted, and the copy of the code that it will run. Raises UserError."""
+    """The run folder of a job that is to be submitted, and in it the code and the settings that it will run. Raises
+    UserError."""
     try:
         restarts.begin(settings)
         return snapshot(settings)
@@ -199,19 +235,16 @@ def make_ready(settings: Config) -> Path:
 
 
 def snapshot(settings: Config) -> Path:
-    """Copies the code as it is now into the run folder: the files that git knows or would add, else the package."""
+    """Copies what a job runs into the run folder: the package, the scripts and the settings as they are now, whatever
+    becomes of them before the job starts or starts again."""
     target = Path(settings.run_dir).resolve() / "code" / datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-    git = ["git", "-C", str(_ROOT)]
-    listed = subprocess.run([*git, "ls-files", "-co", "--exclude-standard"], capture_output=True, text=True)
-    names = listed.stdout.splitlines() if listed.returncode == 0 else []
-    own = [*(_ROOT / "tidar_mega").rglob("*.py"), *(_ROOT / "slurm").glob("*.sh")]
-    names = names or [str(path.relative_to(_ROOT)) for path in own]
-    for name in names:
-        if (_ROOT / name).is_file():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(_ROOT / name, target / name)
-    version = subprocess.run([*git, "describe", "--always", "--dirty"], capture_output=True, text=True).stdout
-    (target / "COMMIT").write_text(version or "no git\n")
+    for path in [*(_ROOT / "tidar_mega").rglob("*.py"), *(_ROOT / "slurm").glob("*.sh")]:
+        copy = target / path.relative_to(_ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, copy)
+    git = ["git", "-C", str(_ROOT), "describe", "--always", "--dirty"]
+    (target / "COMMIT").write_text(subprocess.run(git, capture_output=True, text=True).stdout or "no git\n")
+    (target / SETTINGS).write_text(config_module.to_yaml(settings))
     return target
 
 
@@ -230,6 +263,7 @@ def sbatch_command(path: Path, words: Sequence[str], r: Resources, code: Path | 
     options += [f"--ntasks-per-node={r.tasks_per_node}"]
     options += [f"--cpus-per-task={r.cpus}"] if r.cpus else []
     options += [f"--partition={r.partition}"] if r.partition else []
+    options += r.sbatch
     if code:
         exported = [f"{name}={value}" for name, value in {"TIDAR_CODE": code, **_of_root()}.items()]
         if bad := [word for word in exported if "," in word]:

@@ -13,8 +13,8 @@ import subprocess
 import sys
 import time
 
-from tidar_mega.config import Config, ConfigError, UserError
-from tidar_mega.lifetime import end_with
+from tidar_mega.config import Config, ConfigError, UserError, replicas
+from tidar_mega.lifetime import STOP_SIGNALS, end_with
 
 _LOOPBACK = "127.0.0.1"
 _PORTS = range(20000, 30000)  # those of Slurm jobs are below (slurm.py)
@@ -25,11 +25,14 @@ _HINTS = {
 
 
 def local_processes(config: Config, gpus: int) -> int:
-    """How many processes to start on this machine, at most one per GPU where there are GPUs. Raises ConfigError."""
+    """How many processes to start on this machine, at most one per GPU where there are GPUs. Raises ConfigError,
+    also where the batch cannot be shared out among them."""
     p = config.parallel
     data = p.data or max(1, gpus // p.model_size)
     sizes = {"tensor": p.tensor, "pipeline": p.pipeline, "context": p.context, "data": data}
-    return processes_of("parallel", sizes, gpus)
+    processes = processes_of("parallel", sizes, gpus)
+    replicas(config, processes, f"{processes} processes")
+    return processes
 
 
 def processes_of(section: str, sizes: dict[str, int], gpus: int) -> int:
@@ -46,7 +49,7 @@ def processes_of(section: str, sizes: dict[str, int], gpus: int) -> int:
 def run_local(arguments: list[str], processes: int, gpus: int) -> int:
     """Runs `tidar <arguments>` in `processes` local ranks and returns the exit code.
 
-    Signals are handed on to every rank; a second Ctrl-C ends them at once. When one rank fails, the others are ended
+    Signals are forwarded to every rank; a second Ctrl-C ends them at once. When one rank fails, the others are ended
     and its code is returned.
     """
     environment = {
@@ -66,18 +69,18 @@ def run_local(arguments: list[str], processes: int, gpus: int) -> int:
 
     received: list[int] = []
 
-    def hand_on(number: int, _frame) -> None:
+    def forward_signal(number: int, _frame) -> None:
         again = number == signal.SIGINT and number in received
         received.append(number)
         for rank in ranks:
             if rank.poll() is None:
                 rank.send_signal(signal.SIGKILL if again else number)
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, hand_on)
+    for number in STOP_SIGNALS:
+        signal.signal(number, forward_signal)
     for rank in range(processes):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        # a session of its own: Ctrl-C reaches a rank through `hand_on` only, once
+        # a session of its own: Ctrl-C reaches a rank through `forward_signal` only, once
         started = subprocess.Popen(
             command,
             env={**environment, **place},

@@ -1,9 +1,9 @@
 """A job that goes back into Slurm's queue until its run is finished, and not for ever.
 
 Slurm itself requeues a job only when it preempts it or loses a node; never after a time limit or a crash. After a stop
-signal all ranks have saved together, and rank 0 requeues (`conclude`). After a crash the last line of the batch script
-does (`after_crash`). Both stop after `launch.max_restarts`, and after `launch.max_idle_restarts` without a new
-checkpoint.
+signal all ranks have saved together, and rank 0 requeues (`finish_or_requeue`). After a crash the last line of the
+batch script does (`after_crash`). Both stop after `launch.max_restarts`, and after `launch.max_idle_restarts` without a
+new checkpoint.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def begin(config: Config) -> None:
         (Path(config.run_dir) / _MARKER).unlink(missing_ok=True)
 
 
-def conclude(config: Config, step: int) -> int:
+def finish_or_requeue(config: Config, step: int) -> int:
     """On rank 0 after training has ended in order: marks a finished run, or requeues this job; the exit code."""
     if step >= config.train.steps:
         _write(Path(config.run_dir) / _MARKER, {"step": step, "checkpoint": f"step_{step:08d}"})
@@ -142,7 +142,7 @@ def _refusal(config: Config, job: str) -> str | None:
     if state != "RUNNING":
         return f"job {job} is {state}: cancelled, at its time limit, or already requeued"
     if known.get("BatchFlag") != "1" or known.get("Requeue") != "1":
-        return f"job {job} was not submitted with `sbatch --requeue`; start it again, it resumes"
+        return f"job {job} was not submitted with `sbatch --requeue`, or was told to end; start it again, it resumes"
     if count >= config.launch.max_restarts:
         return f"it has been restarted {count} times, launch.max_restarts; raise that and submit it again, it resumes"
     idle = _count_idle(config, job, count)
@@ -157,7 +157,7 @@ def _refusal(config: Config, job: str) -> str | None:
 def _count_idle(config: Config, job: str, count: int) -> int:
     """How many starts of this job in a row, this one included, have ended without a checkpoint of their own."""
     path = Path(config.run_dir) / "restarts.json"
-    newest, last = newest_step(config), _read(path)
+    newest, last = newest_step(path.parent), _read(path)
     same = last.get("job") == job
     if same and last["restart"] == count:
         return last["idle"]  # another process of this start was here before
@@ -167,23 +167,29 @@ def _count_idle(config: Config, job: str, count: int) -> int:
     return idle
 
 
-def newest_step(config: Config) -> int:
-    """The step of the newest checkpoint, -1 without one."""
-    steps = [p.name.removeprefix("step_") for p in (Path(config.run_dir) / "checkpoints").glob("step_*")]
+def newest_step(run: Path) -> int:
+    """The step of the newest checkpoint of a run folder, -1 without one."""
+    steps = [p.name.removeprefix("step_") for p in (run / "checkpoints").glob("step_*")]
     return max((int(step) for step in steps if step.isdigit()), default=-1)
 
 
 def note_bad_nodes(config: Config, nodes: list[str]) -> None:
-    """Called by a rank that has found out: this job is not to use these nodes again."""
+    """Called by a rank that has found out: this job is not to use these nodes again. Ranks may do so at once."""
     job = slurm.own_job()
     if job is not None:
-        path = Path(config.run_dir) / "bad_nodes.json"
-        _write(path, {"job": job, "nodes": sorted({*_bad_nodes(config, job), *nodes})})
+        folder = _bad_nodes_folder(config, job)
+        folder.mkdir(parents=True, exist_ok=True)
+        for node in nodes:
+            (folder / node).touch()
 
 
 def _bad_nodes(config: Config, job: str) -> list[str]:
-    noted = _read(Path(config.run_dir) / "bad_nodes.json")
-    return noted["nodes"] if noted.get("job") == job else []
+    folder = _bad_nodes_folder(config, job)
+    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+
+def _bad_nodes_folder(config: Config, job: str) -> Path:
+    return Path(config.run_dir) / "bad_nodes" / job
 
 
 def _read(path: Path) -> dict:

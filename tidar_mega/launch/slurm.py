@@ -18,7 +18,7 @@ _AWAY_SECONDS = 180.0  # for the controller to come back, or for its backup, whi
 _ANSWER_SECONDS = 120.0  # for one of Slurm's commands
 
 
-def take_place() -> bool:
+def set_distributed_env() -> bool:
     """True in a process that a launcher has given a rank; in a task of `srun` it takes that from Slurm's variables.
 
     Sets RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT there. Raises ConfigError.
@@ -34,13 +34,13 @@ def take_place() -> bool:
             f"this is the shell of a Slurm job with {tasks} tasks: it would train on its first node alone; "
             "start the run with srun, as slurm/pretrain.sh does"
         )
-    os.environ.update(place(os.environ))
+    os.environ.update(distributed_env(os.environ))
     os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # at a failure it would warn at length of every lost socket
     return True
 
 
-def place(slurm: dict | os._Environ) -> dict[str, str]:
+def distributed_env(slurm: dict | os._Environ) -> dict[str, str]:
     """The variables of torch's launcher for the `srun` task that has the environment `slurm`. Raises ConfigError."""
     local = int(slurm["SLURM_LOCALID"])
     visible = [gpu for gpu in slurm.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
@@ -54,7 +54,8 @@ def place(slurm: dict | os._Environ) -> dict[str, str]:
     else:
         gpu = local
     nodes = slurm.get("SLURM_STEP_NODELIST") or slurm["SLURM_JOB_NODELIST"]
-    port = _FIRST_PORT + (int(slurm["SLURM_JOB_ID"]) + int(slurm.get("SLURM_STEP_ID", 0))) % _PORTS
+    # steps of one job, and jobs that were submitted one after the other, may be on one node at once
+    port = _FIRST_PORT + (7 * int(slurm["SLURM_JOB_ID"]) + int(slurm.get("SLURM_STEP_ID", 0))) % _PORTS
     return {
         "RANK": slurm["SLURM_PROCID"],
         "LOCAL_RANK": str(gpu),
@@ -67,7 +68,9 @@ def place(slurm: dict | os._Environ) -> dict[str, str]:
 
 def check_tasks(job: dict | os._Environ) -> None:
     """Whether a job whose batch shell has the environment `job` has a task for each GPU. Raises ConfigError."""
-    gpus, tasks = (int(job.get(f"SLURM_{name}") or 0) for name in ("GPUS_ON_NODE", "NTASKS_PER_NODE"))
+    # what was asked for, if it is known: a job that has its nodes for itself is given all of their GPUs
+    asked = job.get("SLURM_GPUS_PER_NODE") or job.get("SLURM_GPUS_ON_NODE") or "0"
+    gpus, tasks = int(asked.rpartition(":")[2]), int(job.get("SLURM_NTASKS_PER_NODE") or 0)
     if gpus and tasks and gpus != tasks:
         raise ConfigError(
             f"--ntasks-per-node {tasks}: must be --gpus-per-node ({gpus}), one process per GPU; give sbatch both, "

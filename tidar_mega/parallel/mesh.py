@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from tidar_mega.config import Config, ConfigError, ParallelConfig, UserError, check_batch
+from tidar_mega.config import Config, ParallelConfig, UserError, replicas
 from tidar_mega.device import prepare_megatron, settle_kernels
 
 
@@ -94,8 +94,7 @@ def build_mesh(config: Config) -> Mesh:
     prepare_megatron()
     settle_kernels()
     parallel, world = config.parallel, dist.get_world_size()
-    data = _data_size(config, world)
-    check_batch(config, data)
+    replicas(config, world, f"{world} processes (WORLD_SIZE)")
     if not _exists(parallel):
         parallel_state.destroy_model_parallel()
         parallel_state.initialize_model_parallel(
@@ -134,17 +133,3 @@ def _exists(parallel: ParallelConfig) -> bool:
         parallel_state.get_context_parallel_world_size(),
     )
     return sizes == (parallel.tensor, parallel.pipeline, parallel.virtual_pipeline, parallel.context)
-
-
-def _data_size(config: Config, world: int) -> int:
-    parallel = config.parallel
-    product = f"parallel.tensor x pipeline x context = {parallel.tensor} x {parallel.pipeline} x {parallel.context}"
-    if world % parallel.model_size:
-        raise ConfigError(f"{product}: must divide the number of processes ({world})")
-    data = world // parallel.model_size
-    if parallel.data not in (None, data):
-        raise ConfigError(
-            f"parallel.data = {parallel.data}: {world} processes / ({product}) make {data}; "
-            "set it to that or to null, or start another number of processes"
-        )
-    return data

@@ -112,8 +112,8 @@ def message_bytes(layout: Layout) -> float:
 
 def _data_bytes(layout: Layout) -> tuple[float, float]:
     """(gradients, weights) that the fullest rank sends once in a step; a plain optimizer all-reduces the gradients."""
-    p, n = layout.config.parallel, layout.shards
-    stage = max(layout.telling_stages, key=layout.trained)
+    p, n = layout.config.parallel, layout.data_context_size
+    stage = max(layout.representative_stages, key=layout.trained)
     parameters, ring = layout.trained(stage), (n - 1) / n
     if not p.distributed_optimizer:
         return 2 * FLOAT32 * parameters * ring, 0.0
@@ -127,7 +127,7 @@ def _data_bytes(layout: Layout) -> tuple[float, float]:
 def transfers(layout: Layout, hardware: Hardware, layer_seconds: float) -> list[Transfer]:
     """All communication of a step. `layer_seconds`: computing one layer and micro-batch, forward and backward."""
     p, m = layout.config.parallel, layout.micro_batches
-    layers, result = m * max(layout.visited_layers(stage) for stage in layout.telling_stages), []
+    layers, result = m * max(layout.visited_layers(stage) for stage in layout.representative_stages), []
     if p.tensor > 1:
         what = "hidden states, sequence parallel" if p.sequence else "hidden states, all-reduce"
         exposed = layers * layer_tensor_seconds(layout, hardware)
@@ -140,7 +140,7 @@ def transfers(layout: Layout, hardware: Hardware, layer_seconds: float) -> list[
         result.append(_pipeline(layout, hardware))
         if layout.config.model.tie_embeddings or layout.config.traits.has_depths:
             result.append(_embedding(layout, hardware))
-    if layout.shards > 1:
+    if layout.data_context_size > 1:
         result += _data(layout, hardware, max(layout.config.stage_layers) * layer_seconds)
     return result
 
@@ -166,7 +166,7 @@ def _data(layout: Layout, hardware: Hardware, micro_batch_seconds: float) -> lis
     """Overlapped, the gradients hide behind the last backward (two thirds of a micro-batch), the weights behind the
     first forward."""
     p = layout.config.parallel
-    link = group_link(hardware, layout.gpus, layout.shards, p.tensor)
+    link = group_link(hardware, layout.gpus, layout.data_context_size, p.tensor)
     gradients, weights = _data_bytes(layout)
     hidden = {
         "gradients": micro_batch_seconds * 2 / 3 if p.overlap_grad_reduce else 0.0,

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from tidar_mega.config import Config, ConfigError, check_batch
-from tidar_mega.plan.parameters import adapter_parameters, depths, stage_parameters
+from tidar_mega.config import Config, replicas
+from tidar_mega.plan.parameters import adapter_parameters, mtp_depths, stage_parameters
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ class Layout:
         return self.config.train.global_batch_size // (self.config.train.micro_batch_size * self.data)
 
     @cached_property
-    def shards(self) -> int:
+    def data_context_size(self) -> int:
         """Ranks that hold the same weights, and that the distributed optimizer divides its state over."""
         return self.data * self.config.parallel.context
 
     @cached_property
-    def telling_stages(self) -> tuple[int, ...]:
+    def representative_stages(self) -> tuple[int, ...]:
         """Those among which the fullest and the slowest are: the ends, and of the stages between them, which are alike,
         the one with the most micro-batches in flight."""
         last = self.config.parallel.pipeline - 1
@@ -93,14 +93,14 @@ class Layout:
 
     def layers_of(self, stage: int) -> int:
         """Layers that a micro-batch passes in a visit to a stage, multi-token prediction's on the last among them."""
-        return self.chunk_layers(stage) + self._depths(stage)
+        return self.chunk_layers(stage) + self._mtp_depths(stage)
 
     def visited_layers(self, stage: int) -> int:
         """The same of all visits to the stage."""
-        return self.config.stage_layers[stage] + self._depths(stage)
+        return self.config.stage_layers[stage] + self._mtp_depths(stage)
 
-    def _depths(self, stage: int) -> int:
-        return depths(self.config) if stage == self.config.parallel.pipeline - 1 else 0
+    def _mtp_depths(self, stage: int) -> int:
+        return mtp_depths(self.config) if stage == self.config.parallel.pipeline - 1 else 0
 
     def describe(self) -> str:
         p = self.config.parallel
@@ -110,17 +110,5 @@ class Layout:
 
 def make_layout(config: Config, vocab_size: int, gpus: int) -> Layout:
     """The layout of `config` on `gpus` GPUs. Raises ConfigError."""
-    p, size = config.parallel, config.parallel.model_size
-    product = f"parallel.tensor x pipeline x context = {p.tensor} x {p.pipeline} x {p.context}"
-    if gpus % size:
-        raise ConfigError(
-            f"{product}: must divide --gpus ({gpus}); lower one of them, or take a multiple of {size} GPUs"
-        )
-    data = gpus // size
-    if p.data not in (None, data):
-        raise ConfigError(
-            f"parallel.data = {p.data}: {gpus} GPUs / ({product}) make {data}; "
-            "set it to that or to null, or change --gpus"
-        )
-    check_batch(config, data)
+    data = replicas(config, gpus, f"{gpus} GPUs (--gpus)")
     return Layout(config, config.padded_vocab_size(vocab_size), data)

@@ -145,7 +145,7 @@ def optimizer_bytes(layout: Layout, stage: int) -> float:
     all ranks with the same weights (ZeRO stage 1, Rajbhandari et al. 2020)."""
     p = layout.config.parallel
     each = 3 * FLOAT32 if width(layout) < FLOAT32 else 2 * FLOAT32
-    shards = layout.shards if p.distributed_optimizer else 1
+    shards = layout.data_context_size if p.distributed_optimizer else 1
     return each * layout.trained(stage) / shards * (1 - p.optimizer_offload)
 
 
@@ -180,5 +180,5 @@ def stage_memory(layout: Layout, stage: int) -> Memory:
 def fullest_stage(layout: Layout) -> tuple[int, Memory]:
     """The stage with the most bytes."""
     return max(
-        ((stage, stage_memory(layout, stage)) for stage in layout.telling_stages), key=lambda pair: pair[1].total
+        ((stage, stage_memory(layout, stage)) for stage in layout.representative_stages), key=lambda pair: pair[1].total
     )

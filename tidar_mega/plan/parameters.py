@@ -53,7 +53,7 @@ def total_parameters(config: Config, vocab: int) -> int:
     layer = layer_parameters(config) + norm_parameters(config) + bias_parameters(config) + adapter_parameters(config)
     tables = (1 if config.model.tie_embeddings else 2) + config.traits.has_causal_block
     own = config.model.num_layers * layer + causal_input_parameters(config) + _causal_norms(config)
-    own += depths(config) * (layer + depth_parameters(config) - layer_parameters(config) + _depth_norms(config))
+    own += mtp_depths(config) * (layer + depth_parameters(config) - layer_parameters(config) + _depth_norms(config))
     return own + config.model.hidden_size + tables * head_parameters(config, vocab)
 
 
@@ -61,7 +61,7 @@ def _causal_norms(config: Config) -> int:
     return 2 * config.model.hidden_size if config.traits.has_causal_block else 0
 
 
-def depths(config: Config) -> int:
+def mtp_depths(config: Config) -> int:
     return config.model.mtp_num_layers if config.traits.has_depths else 0
 
 
@@ -91,7 +91,7 @@ def stage_parameters(config: Config, vocab: int, stage: int) -> int:
             total += causal_input_parameters(config) + _causal_norms(config) + table
         split = depth_parameters(config) + bias_parameters(config)
         norms = norm_parameters(config) + _depth_norms(config)
-        total += depths(config) * (split // p.tensor + norms)
+        total += mtp_depths(config) * (split // p.tensor + norms)
         if config.traits.has_depths and not is_first and not m.tie_embeddings:
             total += table  # a copy of the embedding
     return total

@@ -21,7 +21,7 @@ _MEMORY_ROWS = {
     "working": "working space",
 }
 _TIME_ROWS = {
-    "products": "matrix products",
+    "matmul": "matrix products",
     "attention": "attention",
     "memory_bound": "memory-bound: norms, RoPE, SwiGLU, loss",
     "bubble": "pipeline: filling, waiting for the slowest",

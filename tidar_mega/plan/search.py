@@ -13,7 +13,7 @@ from tidar_mega.plan.hardware import Hardware
 from tidar_mega.plan.imbalance import whole_sequence
 from tidar_mega.plan.layout import Layout
 from tidar_mega.plan.memory import Memory, fullest_stage
-from tidar_mega.plan.parameters import depths, head_parameters, layer_parameters
+from tidar_mega.plan.parameters import head_parameters, layer_parameters, mtp_depths
 from tidar_mega.plan.timing import Timing, predict
 from tidar_mega.plan.work import sequence_work
 
@@ -125,7 +125,7 @@ def _stages(config: Config, vocab: int, pipeline: int) -> Iterator[tuple[int | N
     even, uneven = layers // pipeline, layers % pipeline
     yield from ((None, virtual) for virtual in ([1] if pipeline == 1 or uneven else _divisors(even)))
     work = sequence_work(config)
-    head = head_parameters(config, vocab) / layer_parameters(config) * work.head_rows / work.rows + depths(config)
+    head = head_parameters(config, vocab) / layer_parameters(config) * work.head_rows / work.rows + mtp_depths(config)
     possible = [last for last in range(1, even + bool(uneven)) if pipeline > 1 and (layers - last) % others == 0]
     if possible:
         last = min(possible, key=lambda last: max((layers - last) // others, last + head))

@@ -13,8 +13,8 @@ from tidar_mega.plan.communication import Transfer, context_link, layer_context_
 from tidar_mega.plan.hardware import Hardware
 from tidar_mega.plan.layout import Layout
 from tidar_mega.plan.memory import FLOAT32, fp8_share, width
-from tidar_mega.plan.parameters import depths, head_parameters, layer_parameters
-from tidar_mega.plan.work import attention_flops, hardware_flops, model_flops, products, recomputed, sequence_work
+from tidar_mega.plan.parameters import head_parameters, layer_parameters, mtp_depths
+from tidar_mega.plan.work import attention_flops, hardware_flops, matmul_passes, model_flops, recomputed, sequence_work
 
 # Elements read and written per row in a layer's forward, where D is the hidden width, Q and K those of q and of k
 RESIDUAL_ELEMENTS = 10  # x D: two norms (read, write) and two residual sums (read two, write one)
@@ -33,7 +33,7 @@ class Timing:
 
     layout: Layout
     hardware: Hardware
-    products: float
+    matmul: float
     attention: float
     memory_bound: float  # norms, RoPE, SwiGLU, residuals, cross entropy, adding up gradients
     bubble: float  # the pipeline fills and drains, and waits for its slowest stage
@@ -43,7 +43,7 @@ class Timing:
 
     @property
     def parts(self) -> dict[str, float]:
-        names = ("products", "attention", "memory_bound", "bubble", "communication", "optimizer")
+        names = ("matmul", "attention", "memory_bound", "bubble", "communication", "optimizer")
         return {name: getattr(self, name) for name in names}
 
     @cached_property
@@ -73,20 +73,20 @@ class Timing:
 class Seconds:
     """Computing one micro-batch, forward and backward."""
 
-    products: float
+    matmul: float
     attention: float
     memory_bound: float
 
     @property
     def total(self) -> float:
-        return self.products + self.attention + self.memory_bound
+        return self.matmul + self.attention + self.memory_bound
 
     def times(self, factor: float) -> Seconds:
-        return Seconds(self.products * factor, self.attention * factor, self.memory_bound * factor)
+        return Seconds(self.matmul * factor, self.attention * factor, self.memory_bound * factor)
 
     def plus(self, other: Seconds) -> Seconds:
         return Seconds(
-            self.products + other.products,
+            self.matmul + other.matmul,
             self.attention + other.attention,
             self.memory_bound + other.memory_bound,
         )
@@ -100,7 +100,7 @@ def peak(layout: Layout, hardware: Hardware) -> float:
 def layer_seconds(layout: Layout, hardware: Hardware, imbalance: float = 1.0) -> Seconds:
     """One layer on the most loaded rank of its context group (`imbalance`: its attention work over the mean)."""
     config, p, m = layout.config, layout.config.parallel, layout.config.model
-    again_products, again_attention = recomputed(config)
+    again_matmul, again_attention = recomputed(config)
     rate, share = peak(layout, hardware), fp8_share(layout)
     slowness = (1 - share) / (rate * hardware.matmul_efficiency)
     if share:
@@ -112,10 +112,10 @@ def layer_seconds(layout: Layout, hardware: Hardware, imbalance: float = 1.0) ->
     query, key = (m.head_width * count / p.tensor for count in (m.num_attention_heads, m.num_query_groups))
     heads = ROPE_ELEMENTS * (query + key) + QUERY_ELEMENTS * query
     elements = residual + heads + SWIGLU_ELEMENTS * m.ffn_hidden_size / p.tensor
-    moved = layout.batch_rows * elements * width(layout) * (3 + again_products)
+    moved = layout.batch_rows * elements * width(layout) * (3 + again_matmul)
     accumulated = weights * (ACCUMULATION_BYTES - (4 if p.gradient_accumulation_fusion else 0))
     return Seconds(
-        products=2 * weights * layout.batch_rows * (products(config) + again_products) * slowness,
+        matmul=2 * weights * layout.batch_rows * (matmul_passes(config) + again_matmul) * slowness,
         attention=attention * (3.5 + again_attention),
         memory_bound=(moved + accumulated) / (1e9 * hardware.memory_gbs * hardware.memory_efficiency),
     )
@@ -127,8 +127,9 @@ def head_seconds(layout: Layout, hardware: Hardware) -> Seconds:
     rows = sequence_work(layout.config).head_rows * t.micro_batch_size / p.context
     weights = head_parameters(layout.config, layout.vocab) / p.tensor
     moved = LOGIT_BYTES * rows * layout.vocab / p.tensor + ACCUMULATION_BYTES * weights
+    rate = peak(layout, hardware) * hardware.matmul_efficiency
     return Seconds(
-        products=2 * products(layout.config) * weights * rows / (peak(layout, hardware) * hardware.matmul_efficiency),
+        matmul=2 * matmul_passes(layout.config) * weights * rows / rate,
         attention=0.0,
         memory_bound=moved / (1e9 * hardware.memory_gbs * hardware.memory_efficiency),
     )
@@ -144,9 +145,9 @@ def predict(layout: Layout, hardware: Hardware, imbalance: float = 1.0) -> Timin
     """One step. The last stage also has the head: the others wait for the slowest in every micro-batch."""
     p, m = layout.config.parallel, layout.micro_batches
     layer, head = layer_seconds(layout, hardware, imbalance), head_seconds(layout, hardware)
-    whole = layer.times(layout.config.model.num_layers + depths(layout.config)).plus(head)
+    whole = layer.times(layout.config.model.num_layers + mtp_depths(layout.config)).plus(head)
     mean = whole.times(1 / p.pipeline)  # what a stage computes on average
-    seconds = {stage: layer.total * layout.visited_layers(stage) for stage in layout.telling_stages}
+    seconds = {stage: layer.total * layout.visited_layers(stage) for stage in layout.representative_stages}
     seconds[p.pipeline - 1] += head.total
     slowest = max(seconds, key=seconds.__getitem__)
     sent = transfers(layout, hardware, layer.total)
@@ -156,10 +157,10 @@ def predict(layout: Layout, hardware: Hardware, imbalance: float = 1.0) -> Timin
     return Timing(
         layout,
         hardware,
-        products=m * mean.products,
+        matmul=m * mean.matmul,
         attention=m * mean.attention,
         memory_bound=m * mean.memory_bound,
-        bubble=m * (seconds[slowest] - mean.total) + filling,
+        bubble=max(0.0, m * (seconds[slowest] - mean.total) + filling),  # one stage's could be a rounding error below 0
         communication=sum(t.exposed for t in sent),
         optimizer=_optimizer_seconds(layout, hardware),
         transfers=tuple(sent),
@@ -177,8 +178,8 @@ def _layer_waits(layout: Layout, hardware: Hardware) -> float:
 
 
 def _optimizer_seconds(layout: Layout, hardware: Hardware) -> float:
-    p, parameters = layout.config.parallel, max(map(layout.trained, layout.telling_stages))
-    mine = parameters / (layout.shards if p.distributed_optimizer else 1)
+    p, parameters = layout.config.parallel, max(map(layout.trained, layout.representative_stages))
+    mine = parameters / (layout.data_context_size if p.distributed_optimizer else 1)
     on_gpu = OPTIMIZER_BYTES * mine * (1 - p.optimizer_offload) + FLOAT32 * parameters  # gradients are set to 0
     on_host = OFFLOADED_BYTES * mine * p.optimizer_offload
     return on_gpu / (1e9 * hardware.memory_gbs * hardware.memory_efficiency) + on_host / (1e9 * hardware.host_gbs)

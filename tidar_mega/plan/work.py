@@ -104,10 +104,10 @@ def training_flops(config: Config, vocab_size: int, rows: float, pairs: float, h
     layer_rows, layer_pairs = through_layers(config, rows, pairs)
     dense, attention = _dense_flops(config, layer_rows), attention_flops(config, layer_pairs)
     head = 2 * head_parameters(config, vocab_size) * head_rows
-    return products(config) * (dense + head) + 3.0 * attention
+    return matmul_passes(config) * (dense + head) + 3.0 * attention
 
 
-def products(config: Config) -> int:
+def matmul_passes(config: Config) -> int:
     """How often a step multiplies with a weight: forward, for the gradient of the input and, unless it is frozen under
     adapters, for its own."""
     return 2 if config.lora.rank else 3
@@ -130,7 +130,7 @@ def hardware_flops(config: Config, vocab: int) -> float:
     attention = attention_flops(config, work.tile_pairs) * m.num_layers
     head = 2 * head_parameters(config, vocab) * work.head_rows
     again_dense, again_attention = recomputed(config)
-    often = products(config)
+    often = matmul_passes(config)
     return count * ((often + again_dense) * dense + (3.5 + again_attention) * attention + often * head)
 
 
