@@ -93,6 +93,13 @@ def test_end_of_document_stops_unless_told_otherwise(model):
     assert endless.tokens_per_forward > 3
 
 
+@pytest.mark.parametrize("mode", ["fused", "ar"])
+def test_an_end_of_document_that_is_also_the_padding_is_text(model, mode):
+    qwen = engine(build_with_loud_eod(model), specials=Bytes(pad=Bytes.eod, not_text=frozenset({Bytes.mask})))
+    (found,) = qwen.generate([[65, Bytes.eod, 66]], SamplingParams(max_tokens=20), mode)
+    assert found.tokens == [Bytes.eod] and found.finish_reason == "stop"
+
+
 def build_with_loud_eod(model, ids=(Bytes.eod,)):
     """A model that wants nothing but the given ids."""
     loud = copy.copy(model)

@@ -37,20 +37,22 @@ MODES = ("fused", "ar", "blocks")
 
 
 class Specials(Protocol):
-    """What the engine asks of a tokenizer: ids 0 .. vocab_size - 1, of which `pad` and `mask` are no text, and, for
-    stop strings and texts, `decode`."""
+    """What the engine asks of a tokenizer: ids 0 .. vocab_size - 1, but for `not_text` all of which may be read and
+    written, and, for stop strings and texts, `decode`."""
 
     vocab_size: int
     eod: int
-    pad: int
     mask: int
+
+    @property
+    def not_text(self) -> frozenset[int]: ...
 
 
 class Engine:
     """Decodes with a trained model.
 
     model          on its device, in the dtype to decode in (only float32 keeps near-ties out of the kernels' hands)
-    specials       a tokenizer, or anything with its vocab_size, eod, pad and mask
+    specials       a tokenizer, or anything with its vocab_size, eod, mask and not_text
     block          draft length; with 1, fused decoding is plain AR
     capacity       most tokens of a prompt and its continuation together
     batch          most requests decoded at once; more wait
@@ -98,7 +100,7 @@ class Engine:
         pages = batch * -(-(capacity + block - 1) // page) if cache_tokens is None else -(-cache_tokens // page)
         heads, width = model.key_heads, model.config.kv_channels
         self.cache = PagedCache(model.layer_numbers, heads, width, pages, page, model.dtype, model.device)
-        forbidden = [specials.pad, specials.mask, *range(specials.vocab_size, model.vocab * model.tensor.size())]
+        forbidden = [*sorted(specials.not_text), *range(specials.vocab_size, model.vocab * model.tensor.size())]
         self.forwards = Forwards(model, self.cache, specials.mask, forbidden)
         speculates = drafter.depths > 0 and block > 1  # how many rows a depth runs is known on the host alone
         if cuda_graphs and model.device.type == "cuda" and not speculates:
@@ -317,9 +319,10 @@ class Engine:
                 f"prompt {number} has {len(prompt)} tokens: at most {self.capacity - 1} leave room for a new one "
                 f"within the engine's capacity of {self.capacity}; shorten it or raise the capacity"
             )
-        bad = [i for i in prompt if not 0 <= i < s.vocab_size or i in (s.pad, s.mask)]
+        bad = [i for i in prompt if not 0 <= i < s.vocab_size or i in s.not_text]
         if bad:
+            reserved = ", ".join(map(str, sorted(s.not_text)))
             raise UserError(
                 f"prompt {number} holds id {bad[0]}: must be a text token, 0 .. {s.vocab_size - 1} without "
-                f"padding ({s.pad}) and mask ({s.mask})"
+                f"padding and mask ({reserved})"
             )
