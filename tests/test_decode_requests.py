@@ -11,8 +11,9 @@ import torch
 from tests.test_decode import Bytes, tiny_config
 from tidar_mega import device
 from tidar_mega.config import UserError
-from tidar_mega.decode import accept
+from tidar_mega.decode import accept, trace
 from tidar_mega.decode.engine import Engine
+from tidar_mega.decode.requests import Commit
 from tidar_mega.decode.sampling import SamplingParams
 from tidar_mega.evaluation.acceptance import distinct_share, held_out_prompts
 from tidar_mega.model.gpt import build
@@ -234,7 +235,6 @@ def test_streams_side_by_side_lose_nothing(model):
 def test_what_is_printed_stops_at_a_stop_string_and_never_takes_back(capsys, cuts):
     """Pieces of text for tokens, of which one completes the stop string in its middle."""
     from tidar_mega.decode.generate import _Printer
-    from tidar_mega.decode.requests import Commit
 
     pieces = ["ab", "c<", "d<", "/", "s", ">", "x", "y", "<"]
 
@@ -262,6 +262,13 @@ def test_what_is_printed_stops_at_a_stop_string_and_never_takes_back(capsys, cut
         printer.add(commit)
     printer.end()
     assert printer.text == "abc<d<" and capsys.readouterr().out == "abc<d<\n"
+
+
+def test_a_picture_shows_formulas_as_they_are_written():
+    """matplotlib would read what stands between two dollars as TeX, and refuse what is none."""
+    commits = [Commit(0, [0, 1], [], 0, None), Commit(0, [2], [1, 0], 1, "length")]
+    image = trace.picture(commits, lambda tokens: ["$$", r"$\x^$", "a"][tokens[0]])
+    assert image.min() < 255
 
 
 @pytest.mark.parametrize(
