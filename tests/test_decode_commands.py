@@ -5,14 +5,19 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import re
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from tests import processes
 from tests.test_main_job import CONFIG, make_corpus, tidar
 from tidar_mega import cli
+from tidar_mega.decode.load import load_engine
+from tidar_mega.launch.local import _free_port
 
 pytestmark = pytest.mark.distributed
 PROMPT = "    def read(self, path"
@@ -60,6 +65,20 @@ def test_every_layout_and_choice_of_outcomes_writes_the_same_text(work):
         assert found["text"] == expected["text"], overrides
     curves = json.loads((work / "run" / "latency.json").read_text())
     assert any("tensor 1, pipeline 1" in name for name in curves), "the automatic choice keeps what it has measured"
+
+
+def _loaded(rank: int, checkpoints: list[Path], port: int) -> Path:
+    dist.destroy_process_group()  # loading joins the world that a launcher describes
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    loaded = load_engine(checkpoints[rank], ["decode.tensor=2", "decode.outcomes=all"])
+    return loaded.checkpoint
+
+
+def test_ranks_that_find_another_newest_checkpoint_load_that_of_the_first(work):
+    """As each does while the run goes on."""
+    checkpoints = sorted((work / "run" / "checkpoints").glob("step_*"))[-2:]
+    assert processes.run(_loaded, 2, checkpoints, _free_port()) == [checkpoints[0]] * 2
 
 
 def test_bench_slots_keeps_the_latency_curve_beside_the_checkpoints(work):
