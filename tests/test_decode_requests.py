@@ -278,6 +278,8 @@ def test_a_picture_shows_formulas_as_they_are_written():
         ([[1] * 128], "at most 127"),
         ([[1, 259]], "prompt 0 holds id 259"),
         ([[-1]], "holds id -1"),
+        (["def f"], "prompt 0 is 'def f': must be token ids"),
+        ([[1.5]], "must be token ids"),
         ([[Bytes.mask]], "mask"),
         ([[Bytes.pad]], "padding"),
     ],
@@ -290,6 +292,16 @@ def test_impossible_prompts_are_refused_before_anything_runs(model, prompts, mes
         else:
             for prompt in prompts:
                 engine(model).stream(prompt, SAMPLED)
+
+
+def test_a_prompt_that_its_caller_goes_on_with_is_the_requests_own(model):
+    e, prompt = engine(model), [1, 2, 3, 4, 5]
+    (expected,) = e.generate([prompt], SAMPLED)
+    request = e.add(prompt, SAMPLED)
+    prompt += [6] * 200
+    while not request.finished:
+        e.step()
+    assert request.result.tokens == expected.tokens
 
 
 def test_impossible_engines_and_calls_are_refused(model):

@@ -12,6 +12,7 @@ of the calls and of the forwards' results alone. Replicas (data parallel) divide
 
 from __future__ import annotations
 
+import operator
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -181,6 +182,7 @@ class Engine:
     def step(self) -> list[tuple[Request, Commit]]:
         """One forward of everything that runs, after admitting what fits; what it gave, empty if nothing runs."""
         self._admit()
+        assert self.running or not self.waiting, "pages were lost: nothing runs, and what waits does not fit"
         turns = self._turns()
         results = self.forwards.run([work for _, work in turns]) if turns else []
         commits = []
@@ -278,7 +280,7 @@ class Engine:
         return [self._request(number, prompt, own, mode) for number, (prompt, own) in pairs]
 
     def _request(self, number: int, prompt: Sequence[int], params: SamplingParams, mode: str) -> Request:
-        self._check_prompt(number, prompt)
+        prompt = self._checked(number, prompt)
         decode = getattr(self.specials, "decode", None)
         if params.stop_strings and decode is None:
             raise UserError("stop_strings: the engine was given no tokenizer that can decode; use stop_tokens")
@@ -310,8 +312,15 @@ class Engine:
             )
         return request
 
-    def _check_prompt(self, number: int, prompt: Sequence[int]) -> None:
+    def _checked(self, number: int, prompt: Sequence[int]) -> tuple[int, ...]:
+        """A copy, as the caller may go on with his. Raises UserError."""
         s = self.specials
+        try:
+            prompt = tuple(map(operator.index, prompt))
+        except TypeError:
+            raise UserError(
+                f"prompt {number} is {str(prompt)[:40]!r}: must be token ids, whole numbers; encode the text first"
+            ) from None
         if len(prompt) == 0:
             raise UserError(f"prompt {number} is empty: there is nothing to continue; give at least one token")
         if len(prompt) >= self.capacity:
@@ -326,3 +335,4 @@ class Engine:
                 f"prompt {number} holds id {bad[0]}: must be a text token, 0 .. {s.vocab_size - 1} without "
                 f"padding and mask ({reserved})"
             )
+        return prompt
