@@ -92,7 +92,7 @@ def compare(loaded: Loaded, prompts: Sequence[Sequence[int]], args: argparse.Nam
     """All ways of decoding the same prompts.
 
     settings             one row for each batch, temperature and way: tokens/s, medians of repeats in turn; what
-                         `evaluation.acceptance.summarise` says; `ceiling`: tokens per forward x AR latency / latency
+                         `evaluation.acceptance.summarise` says
     tokens_per_forward, distinct_4gram, speedup_vs_ar   of the first row of the trained block: batch 1 and greedy by
                          default; with the suffix _sampled: at the last temperature
     identical_to_ar      share of outputs equal to AR's, over all exact rows
@@ -140,8 +140,6 @@ def _setting(loaded: Loaded, prompts, args: argparse.Namespace, peer, batch: int
     for way in ways[1:]:
         row = _row(way, outputs[_key(way)], outputs["ar"], seconds[_key(way)], batch, temperature)
         row["speedup_vs_ar"] = row["tokens_per_second"] / ar["tokens_per_second"]
-        if way.engine is not None:
-            row["ceiling"] = row["tokens_per_forward"] * ar["forward_seconds"] / row["forward_seconds"]
         rows.append(row)
     return rows
 
@@ -333,7 +331,7 @@ class Transformers:
 
 def show(figures: dict) -> None:
     """The figures as a table."""
-    columns = ("batch", "T", "way", "B", "outcomes", "tok/fwd", "= AR", "4-grams", "tok/s", "speed-up", "ceiling")
+    columns = ("batch", "T", "way", "B", "outcomes", "tok/fwd", "= AR", "4-grams", "tok/s", "speed-up")
     table = Table(*columns, title="decoding, against plain AR in the same engine")
     for row in figures["settings"]:
         table.add_row(
@@ -361,7 +359,6 @@ _FORMATS = {
     "distinct_4gram": "{:.2f}",
     "tokens_per_second": "{:.0f}",
     "speedup_vs_ar": "{:.2f}x",
-    "ceiling": "{:.2f}x",
 }
 
 
