@@ -21,6 +21,7 @@ from tidar_mega.launch.local import _free_port
 
 pytestmark = pytest.mark.distributed
 PROMPT = "    def read(self, path"
+REJECTION = "decode.acceptance=rejection"
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +122,18 @@ def test_bench_decode_compares_with_ar_and_with_transformers(work):
     here(work, "bench", "decode", "run", *arguments[:4], *oracle, "--json", "oracle.json")
     forced = json.loads((work / "oracle.json").read_text())
     assert forced["tokens_per_forward"] > 3 and forced["identical_to_ar"] == 1
+
+
+def test_bench_decode_tells_rows_that_are_not_ars_own_from_those_that_are(work):
+    arguments = ("--prompts=3", "--prompt-tokens=16", "--max-tokens=12", "--repeats=1", "--batches", "2", "--no-peers")
+    here(work, "bench", "decode", "run", *arguments, "--blocks", "4", "--json", "rejection.json", REJECTION)
+    figures = json.loads((work / "rejection.json").read_text())
+    rules = {row["temperature"]: row["rule"] for row in figures["settings"] if row["way"] == "fused"}
+    assert rules == {0.0: "coupled", 1.0: "rejection"} and figures["identical_to_ar"] == 1
+    sampled = ("--temperatures", "1", "--blocks", "4", "--oracle", "0.8")
+    for setting, said in ((REJECTION, "decode.acceptance = rejection"), ("decode.beta=0.5", "decode.beta = 0.5")):
+        told = here(work, "bench", "decode", "run", *arguments, *sampled, setting, code=2)
+        assert f"--oracle: {said} weighs drafted tokens" in told
 
 
 @pytest.mark.parametrize(

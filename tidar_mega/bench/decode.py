@@ -53,6 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict:
     """Figures of `compare` on held-out text of the checkpoint's data, with the model's loss on it. Raises UserError."""
     loaded = load_engine(args.checkpoint, [*args.overrides, f"decode.batch={max(args.batches)}", "decode.outcomes=all"])
+    if args.oracle is not None:
+        _require_coupled(loaded.params, args.temperatures)
     stream = open_data(loaded.config.data, "validation", loaded.config.train.seed)
     prompts = held_out_prompts(stream, args.prompts, args.prompt_tokens)
     args.blocks = args.blocks or _blocks(loaded.engine)
@@ -69,6 +71,16 @@ def run(args: argparse.Namespace) -> dict:
         if args.plot:
             plot(figures, args.plot)
     return figures
+
+
+def _require_coupled(params: SamplingParams, temperatures: Sequence[float]) -> None:
+    """Other rules read what the drafts were drawn from, which an oracle does not exchange. Raises UserError."""
+    if {replace(params, temperature=temperature).rule for temperature in temperatures} != {"coupled"}:
+        asked = f"decode.beta = {params.beta}" if params.beta < 1 else f"decode.acceptance = {params.acceptance}"
+        raise UserError(
+            f"--oracle: {asked} weighs drafted tokens by what the model proposed, and not the oracle; set "
+            "decode.acceptance=coupled and decode.beta=1, or leave --oracle out"
+        )
 
 
 def _blocks(engine: Engine) -> list[int]:
@@ -92,10 +104,11 @@ def compare(loaded: Loaded, prompts: Sequence[Sequence[int]], args: argparse.Nam
     """All ways of decoding the same prompts.
 
     settings             one row for each batch, temperature and way: tokens/s, medians of repeats in turn; what
-                         `evaluation.acceptance.summarise` says
+                         `evaluation.acceptance.summarise` says; `rule`: what decided (`decode/rules.py`)
     tokens_per_forward, distinct_4gram, speedup_vs_ar   of the first row of the trained block: batch 1 and greedy by
                          default; with the suffix _sampled: at the last temperature
-    identical_to_ar      share of outputs equal to AR's, over all exact rows
+    identical_to_ar      share of outputs equal to AR's, over the rows whose rule is to give AR's own (greedy or
+                         coupled); None without any
     engine_overhead      share of a fused step outside the model, batch 1
     ar_over_transformers tokens/s of our AR over transformers' `generate`, batch 1, greedy
     """
@@ -112,7 +125,8 @@ def compare(loaded: Loaded, prompts: Sequence[Sequence[int]], args: argparse.Nam
     figures = {}
     for key in ("tokens_per_forward", "distinct_4gram", "speedup_vs_ar"):
         figures |= {key: main[key], f"{key}_sampled": sampled[-1][key]}
-    figures["identical_to_ar"] = statistics.mean(row["identical_to_ar"] for row in fused)
+    same = [row["identical_to_ar"] for row in fused if row["rule"] == "coupled"]
+    figures["identical_to_ar"] = statistics.mean(same) if same else None
     figures["engine_overhead"] = _overhead(main, loaded, prompts, args)
     plain = [row for row in rows if row["way"] == "transformers" and row["batch"] == rows[0]["batch"]]
     figures["ar_over_transformers"] = 1 / plain[0]["speedup_vs_ar"] if plain else None
@@ -139,7 +153,7 @@ def _setting(loaded: Loaded, prompts, args: argparse.Namespace, peer, batch: int
     rows = [ar]
     for way in ways[1:]:
         row = _row(way, outputs[_key(way)], outputs["ar"], seconds[_key(way)], batch, temperature)
-        row["speedup_vs_ar"] = row["tokens_per_second"] / ar["tokens_per_second"]
+        row |= {"rule": base.rule, "speedup_vs_ar": row["tokens_per_second"] / ar["tokens_per_second"]}
         rows.append(row)
     return rows
 
