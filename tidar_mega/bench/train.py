@@ -18,7 +18,7 @@ from rich.table import Table
 
 from tidar_mega import config as config_module
 from tidar_mega import device, methods
-from tidar_mega.arguments import positive
+from tidar_mega.arguments import at_least, positive
 from tidar_mega.bench.plain import PlainModel
 from tidar_mega.bench.text import RandomText
 from tidar_mega.config import Config, UserError
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block", type=positive, default=8)
     parser.add_argument("--layers", type=positive, default=4)
     parser.add_argument("--hidden", type=positive, default=512, help="width; heads are 64 wide, 4 to a key head")
-    parser.add_argument("--vocab", type=positive, default=16384)
+    parser.add_argument("--vocab", type=at_least(2), default=16384, help="ids, of which one is the mask")
     parser.add_argument("--dtype", choices=sorted(device.DTYPES), default="bf16")
     parser.add_argument("--repeats", type=positive, default=5)
     parser.add_argument("--only", choices=(OURS, PLAIN), help=argparse.SUPPRESS)
