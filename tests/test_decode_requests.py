@@ -11,9 +11,10 @@ import torch
 from tests.test_decode import Bytes, tiny_config
 from tidar_mega import device
 from tidar_mega.config import UserError
-from tidar_mega.decode import accept, trace
+from tidar_mega.decode import trace
 from tidar_mega.decode.engine import Engine
 from tidar_mega.decode.requests import Commit
+from tidar_mega.decode.rules import accepted
 from tidar_mega.decode.sampling import SamplingParams
 from tidar_mega.evaluation.acceptance import distinct_share, held_out_prompts
 from tidar_mega.model.gpt import build
@@ -64,8 +65,8 @@ def test_acceptance_is_the_rule_in_words():
     draft = torch.arange(64)[:, None].bitwise_right_shift(torch.arange(6)) & 1
     for choice in (torch.zeros(64, 6, dtype=torch.long), torch.ones(64, 6, dtype=torch.long), draft.flip(1)):
         expected = [plain_rule(d, c) for d, c in zip(draft.tolist(), choice.tolist(), strict=True)]
-        assert accept.exact(draft, choice).tolist() == expected
-    assert accept.exact(torch.tensor([[5]]), torch.tensor([[6]])).tolist() == [1]
+        assert accepted(draft[:, 1:] == choice[:, :-1]).tolist() == expected
+    assert accepted(torch.zeros(1, 0, dtype=torch.bool)).tolist() == [1]
 
 
 @pytest.mark.parametrize("mode", ["fused", "ar"])
