@@ -198,12 +198,10 @@ def _show(figures: dict) -> None:
 
 def plot(figures: dict, path: Path) -> None:
     """Judged likelihood and spelling against forwards."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, both = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    both = figure.subplots(1, 2)
     for axes, key, label in zip(
         both, ("judge_nll", "spelling_accuracy"), ("judge, nats per token", "spelling"), strict=True
     ):
