@@ -52,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     """Figures of `compare` on held-out text of the checkpoint's data, with the model's loss on it. Raises UserError."""
-    loaded = load_engine(args.checkpoint, [*args.overrides, f"decode.batch={max(args.batches)}", "decode.outcomes=all"])
+    room = f"decode.capacity={args.prompt_tokens + args.max_tokens}"  # every way has an engine, with pages of its own
+    settings = [room, *args.overrides, f"decode.batch={max(args.batches)}", "decode.outcomes=all"]
+    loaded = load_engine(args.checkpoint, settings)
     if args.oracle is not None:
         _require_coupled(loaded.params, args.temperatures)
     stream = open_data(loaded.config.data, "validation", loaded.config.train.seed)
@@ -382,12 +384,10 @@ def _format(row: dict, key: str, text: str) -> str:
 
 def plot(figures: dict, path: Path) -> None:
     """Tokens per second against draft length, one line for each batch size, temperature and choice of outcomes."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
     lines: dict[tuple, list[tuple[int, float]]] = {}
     for row in figures["settings"]:
         if row["way"] == "fused":
@@ -402,4 +402,3 @@ def plot(figures: dict, path: Path) -> None:
     axes.set_xticks(blocks, [str(b) for b in blocks])
     axes.legend(fontsize=8)
     save(figure, path)
-    plt.close(figure)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -72,6 +73,8 @@ class Loaded:
         found = {
             prefix: latency.measure(bare.forwards, sizes, block, e.drafter, prefix, repeats) for prefix in prefixes
         }
+        del bare
+        gc.collect()  # its pages are real memory on a GPU, and its recordings hold it
         curves = self.mesh.same(Curves(found))
         path = None
         if self.mesh.is_main:
