@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import statistics
 import subprocess
 import sys
 
@@ -57,13 +56,7 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def _compare(args: argparse.Namespace, steps: dict) -> dict:
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for repeat in range(args.repeats + 1):
-        for name, step in steps.items():
-            taken = device.seconds(step)
-            if repeat:  # the first is a warm-up
-                times[name].append(taken)
-    seconds = {name: statistics.median(t) for name, t in times.items()}
+    seconds = device.medians_in_turn(steps, args.repeats)
     memory = {name: _peak_memory(args, name) for name in steps}
     figures = {
         "speedup_over_plain": seconds[PLAIN] / seconds[OURS],
