@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,6 +50,23 @@ def test_bench_layouts(tmp_path):
     assert figures[str(layouts.LAYOUTS[0])]["speedup_over_one_process"] == 1
     for found in figures.values():
         assert found["tokens_per_second"] > 0 and 0 <= found["communication"] < 1
+
+
+def test_on_gpus_there_is_no_share_of_communication(capsys):
+    args = SimpleNamespace(batch=2, seq_length=32)
+    found = layouts._summary(
+        [{layouts.LAYOUTS[0]: {"seconds": [2.0], "communication": None}}], layouts.LAYOUTS[0], args
+    )
+    assert found["communication"] is None and found["tokens_per_second"] == 32
+    layouts._show({str(layouts.LAYOUTS[0]): found})
+    assert "- │" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["train", "layouts"])
+def test_a_vocabulary_needs_an_id_beside_the_mask(name, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["bench", name, "--vocab", "1"])
+    assert "--vocab: 1: must be a whole number of 2 or more" in capsys.readouterr().err
 
 
 def test_the_peer_computes_the_same_loss():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -16,7 +17,8 @@ from tests.steps import settings as model_settings
 from tests.test_decode_commands import here
 from tests.test_main_job import CONFIG, make_corpus, tidar
 from tidar_mega import config as config_module
-from tidar_mega.bench.diffusion import SPECULATIVE, STANDARD, ratios
+from tidar_mega.bench.diffusion import SPECULATIVE, STANDARD, Judge, ratios
+from tidar_mega.decode.diffusion import load_denoiser
 from tidar_mega.evaluation.samples import entropy, spelling_accuracy, words
 
 
@@ -103,6 +105,16 @@ def test_the_bench_compares_the_samplers(work):
         assert r["judge_nll"] > text["judge_nll"]  # four steps do not make a writer
     assert "forwards_ratio_at_equal_nll" in figures
     assert (work / "bench.png").stat().st_size > 1000
+
+
+@pytest.mark.distributed
+def test_a_corpus_shorter_than_the_window_of_the_vocabulary_is_read_as_a_whole(work, monkeypatch):
+    with contextlib.chdir(work):
+        of = load_denoiser("ssmd")
+        expected = Judge(Path("ar"), of).known
+        monkeypatch.setattr("tidar_mega.evaluation.samples.WINDOW", 1 << 40)
+        found = Judge(Path("ar"), of).known
+    assert len(expected) > 100 and len(found ^ expected) <= 0.01 * len(expected)
 
 
 @pytest.mark.distributed

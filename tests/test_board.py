@@ -24,6 +24,8 @@ from tidar_mega.methods import load
 from tidar_mega.rows import Rows
 from tidar_mega.train.board import Board, mask_picture
 
+SMALL = ("--prompts=2", "--prompt-tokens=8", "--max-tokens=12", "--sequences=2")
+
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> Path:
@@ -34,8 +36,7 @@ def work(tmp_path_factory) -> Path:
     assert interrupt(folder, "run", 7, signal.SIGKILL) == -signal.SIGKILL
     time.sleep(1.0)  # the ranks die with their parent
     assert "resumed from" in tidar(folder, "pretrain", "run.yaml", "run_dir=run")
-    options = ("--prompts=2", "--prompt-tokens=8", "--max-tokens=12", "--sequences=2")
-    tidar(folder, "evaluate", "run", "--watch", "--period=1", *options)
+    tidar(folder, "evaluate", "run", "--watch", "--period=1", *SMALL)
     return folder
 
 
@@ -87,6 +88,32 @@ def test_a_watch_evaluates_each_checkpoint_once(work):
     assert "there is no such run folder" in tidar(work, "evaluate", "nowhere", "--watch", code=2)
 
 
+@pytest.mark.distributed
+def test_a_watch_stands_copies_and_torn_lines_and_does_nothing_twice(work):
+    run = work / "again"
+    shutil.copytree(work / "run", run)
+    newest = max((run / "checkpoints").glob("step_*"))
+    shutil.copytree(newest, newest.with_suffix(".bak"))
+    file = run / "evaluations.jsonl"
+    whole = file.read_text().splitlines()
+    file.write_text(whole[0] + "\n" + whole[1][:40])  # what a killed process left of the newest one's
+    said = tidar(work, "evaluate", "again", "--watch", *SMALL)
+    assert said.count("evaluation of step") == 1 and "its last checkpoint is evaluated" in said
+    first, torn, last = file.read_text().splitlines()
+    assert (first, torn) == (whole[0], whole[1][:40])
+    assert json.loads(last)["step"] == 16 and json.loads(last)["mode"] == "fused"
+    file.unlink()
+    file.mkdir()  # nothing can be kept in it
+    (run / "tensorboard" / "evaluation").rename(run / "events")
+    (run / "tensorboard" / "evaluation").touch()
+    said = tidar(work, "evaluate", "again", "--watch", *SMALL, code=2)
+    assert said.count("evaluation of step") == 1 and "evaluations.jsonl: the evaluation of" in said
+    assert "evaluations.jsonl: not kept" in said and "tensorboard: not kept" in said
+    tidar(work, "evaluate", "again", *SMALL, "decode.mode=blocks", "--json", "blocks.json")
+    figures = json.loads((work / "blocks.json").read_text())
+    assert figures["mode"] == "blocks" and not any(figures["acceptance_histogram"])
+
+
 def test_an_evaluation_in_two_stages_says_what_one_process_says(work):
     """Also of a checkpoint under another name."""
     found = {}
@@ -97,7 +124,8 @@ def test_an_evaluation_in_two_stages_says_what_one_process_says(work):
         tidar(work, "evaluate", "copied", *small, "--json", "figures.json")
         found[stages] = json.loads((work / "figures.json").read_text())
     one, two = found[1], found[2]
-    assert one.pop("acceptance_histogram") == two.pop("acceptance_histogram")
+    for exact in ("acceptance_histogram", "mode"):
+        assert one.pop(exact) == two.pop(exact)
     assert two == pytest.approx(one, rel=1e-5)
     assert one["step"] == int(checkpoint.name[5:]) and one["validation_nats_per_byte"] > 0
 

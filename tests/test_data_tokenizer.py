@@ -153,6 +153,7 @@ def test_gpt2_files(hf_folder, text):
 def test_gpt2_files_get_the_tokens_that_they_lack(hf_folder):
     core, tokenizer = hf_folder
     assert (tokenizer.eod, tokenizer.pad, tokenizer.mask) == (290, 291, 292)
+    assert tokenizer.not_text == {291, 292}
     assert tokenizer.vocab_size == core.get_vocab_size() + 3
     assert tokenizer.token_bytes[[290, 291, 292]].tolist() == [0, 0, 0]
 
@@ -169,6 +170,7 @@ def test_qwen_files(hf_core, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = Tokenizer.load(tmp_path)
     assert (tokenizer.eod, tokenizer.pad, tokenizer.mask, tokenizer.vocab_size) == (290, 290, 292, 293)
+    assert tokenizer.not_text == {292}  # a document must be able to end
     assert 291 in tokenizer.encode("<think>") and tokenizer.token_bytes[291] == len("<think>")
     assert 292 not in tokenizer.encode("<MASK>")
     assert tokenizer.decode(tokenizer.encode("e\u0301")) == "\u00e9"  # Qwen's normaliser composes

@@ -48,6 +48,7 @@ class Bytes:
     eod: int = 256
     pad: int = 257
     mask: int = 258
+    not_text: frozenset[int] = frozenset({257, 258})
 
 
 def tiny_config(**model):

@@ -15,7 +15,7 @@ from tests.test_decode import Bytes
 from tests.test_decode_requests import PROMPTS, SAMPLED, engine, model  # noqa: F401
 from tidar_mega.config import UserError
 from tidar_mega.decode import graphs, latency
-from tidar_mega.decode.cache import PagedAttention, PagedCache, Pages, Slots
+from tidar_mega.decode.cache import PagedAttention, PagedCache, Pages, Part, Slots
 from tidar_mega.decode.flex import FlexPagedAttention, _page_mask
 from tidar_mega.decode.forward import Plan, Result, Work
 from tidar_mega.decode.graphs import Recorder
@@ -268,6 +268,24 @@ def test_only_steps_of_decoding_are_recorded(model):  # noqa: F811
 def test_the_attention_of_gpus_has_the_same_numbers(model):  # noqa: F811
     plain, flex = mixed_hidden(engine(model, page=4, cache_tokens=200), lengths=(7, 0, 8, 3, 12, 5))
     torch.testing.assert_close(flex, plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind, length", [(PagedAttention, 0), (PagedAttention, 40), (FlexPagedAttention, 0)])
+def test_scores_of_bfloat16_are_not_rounded(kind, length):
+    """Large ones, against float64; what is left are the weights and the output, of 8 bits each."""
+    T, E, dtype = 24, 64, torch.bfloat16
+    cache, draws = PagedCache([1], 1, E, 8, 16, dtype, torch.device("cpu")), torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(length + T, 1, 1, E, generator=draws).mul_(size).to(dtype) for size in (3, 2, 1))
+    slots = cache.take(length + T)
+    bias = torch.full((T, T), -torch.inf, dtype=dtype).triu_(1)
+    for run in slots.of(0, length):  # all of them, or none
+        cache.k[1][0, run.start : run.stop], cache.v[1][0, run.start : run.stop] = k[:length, 0, 0], v[:length, 0, 0]
+    attention = kind.of(cache, [Part(range(T), T, slots, length, bias)])
+    found = attention.attend(1, q[length:], k[length:], v[length:], E**-0.5)
+    hidden = torch.ones(length + T, length + T, dtype=torch.bool).triu_(1)
+    scores = (q[:, 0, 0].double() @ k[:, 0, 0].double().T * E**-0.5).masked_fill_(hidden, -torch.inf)
+    expected = (scores.softmax(-1) @ v[:, 0, 0].double())[length:]
+    assert (found[:, 0, 0].double() - expected).norm() / expected.norm() < 0.003
 
 
 def test_the_kernels_of_gpus_visit_the_pages_of_each_request():

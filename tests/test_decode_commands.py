@@ -5,17 +5,23 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import re
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from tests import processes
 from tests.test_main_job import CONFIG, make_corpus, tidar
 from tidar_mega import cli
+from tidar_mega.decode.load import load_engine
+from tidar_mega.launch.local import _free_port
 
 pytestmark = pytest.mark.distributed
 PROMPT = "    def read(self, path"
+REJECTION = "decode.acceptance=rejection"
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +68,20 @@ def test_every_layout_and_choice_of_outcomes_writes_the_same_text(work):
     assert any("tensor 1, pipeline 1" in name for name in curves), "the automatic choice keeps what it has measured"
 
 
+def _loaded(rank: int, checkpoints: list[Path], port: int) -> Path:
+    dist.destroy_process_group()  # loading joins the world that a launcher describes
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    loaded = load_engine(checkpoints[rank], ["decode.tensor=2", "decode.outcomes=all"])
+    return loaded.checkpoint
+
+
+def test_ranks_that_find_another_newest_checkpoint_load_that_of_the_first(work):
+    """As each does while the run goes on."""
+    checkpoints = sorted((work / "run" / "checkpoints").glob("step_*"))[-2:]
+    assert processes.run(_loaded, 2, checkpoints, _free_port()) == [checkpoints[0]] * 2
+
+
 def test_bench_slots_keeps_the_latency_curve_beside_the_checkpoints(work):
     (work / "run" / "latency.json").unlink(missing_ok=True)
     told = here(
@@ -102,6 +122,18 @@ def test_bench_decode_compares_with_ar_and_with_transformers(work):
     here(work, "bench", "decode", "run", *arguments[:4], *oracle, "--json", "oracle.json")
     forced = json.loads((work / "oracle.json").read_text())
     assert forced["tokens_per_forward"] > 3 and forced["identical_to_ar"] == 1
+
+
+def test_bench_decode_tells_rows_that_are_not_ars_own_from_those_that_are(work):
+    arguments = ("--prompts=3", "--prompt-tokens=16", "--max-tokens=12", "--repeats=1", "--batches", "2", "--no-peers")
+    here(work, "bench", "decode", "run", *arguments, "--blocks", "4", "--json", "rejection.json", REJECTION)
+    figures = json.loads((work / "rejection.json").read_text())
+    rules = {row["temperature"]: row["rule"] for row in figures["settings"] if row["way"] == "fused"}
+    assert rules == {0.0: "coupled", 1.0: "rejection"} and figures["identical_to_ar"] == 1
+    sampled = ("--temperatures", "1", "--blocks", "4", "--oracle", "0.8")
+    for setting, said in ((REJECTION, "decode.acceptance = rejection"), ("decode.beta=0.5", "decode.beta = 0.5")):
+        told = here(work, "bench", "decode", "run", *arguments, *sampled, setting, code=2)
+        assert f"--oracle: {said} weighs drafted tokens" in told
 
 
 @pytest.mark.parametrize(

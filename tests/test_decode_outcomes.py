@@ -138,6 +138,43 @@ def test_acceptance_is_that_of_slots_that_were_tested():
     assert first > 0.99 and second < 0.05 and third == PRIOR[0] and chooser.seen == 100
 
 
+def live(chooser: Automatic, requests: int, steps: int, acceptance: float, drafts: list[int]) -> float:
+    """Lets requests decode as the engine would; their steps that draft, as a share. `drafts` are the lengths that each
+    verifies next."""
+    draw, drafted = random.Random(1), 0
+    for _ in range(steps):
+        chosen = chooser.drafting(requests, False, 64, 4096)
+        drafted += chosen.block > 1
+        for i, length in enumerate(drafts):
+            r = 1
+            while r < length and draw.random() < acceptance:
+                r += 1
+            chooser.observe(length, r)
+            drafts[i] = chosen.block if r in chosen.step(length).outcomes else 1
+    return drafted / steps
+
+
+@pytest.mark.parametrize("requests", [1, 16])
+def test_drafting_is_tried_again_where_it_would_pay(requests):
+    """Text whose drafts are never kept, and then text whose drafts are; a machine on which no draft can pay."""
+    chooser, drafts = Automatic(8, Curves({64: curve(0.01)})), [1] * requests
+    live(chooser, requests, 200, 0.0, drafts)
+    assert live(chooser, requests, 8000, 0.0, drafts) < 0.035, "plain, but for the trials"
+    live(chooser, requests, 4000, 0.9, drafts)
+    assert live(chooser, requests, 1000, 0.9, drafts) == 1
+    dear, drafts = Automatic(8, Curves({64: curve(1.0)})), [1] * requests
+    live(dear, requests, 200, 0.9, drafts)
+    assert live(dear, requests, 4000, 0.9, drafts) == 0
+
+
+def test_the_first_trial_is_of_some_drafts_of_every_request():
+    chooser = Automatic(4, Curves({64: curve(1.0)}))
+    for seen in range(16 * 8):
+        assert chooser.drafting(16, False, 64, 4096).block == 4, seen
+        chooser.observe(4, 1)
+    assert chooser.drafting(16, False, 64, 4096) == Drafting(1)
+
+
 @pytest.mark.parametrize("per_row", [1e-6, 0.02, 0.2])
 def test_an_engine_that_chooses_by_itself_gives_ar_output(model, per_row):  # noqa: F811
     """The draft's length and the outcomes change in the middle of requests."""

@@ -11,8 +11,10 @@ import torch
 from tests.test_decode import Bytes, tiny_config
 from tidar_mega import device
 from tidar_mega.config import UserError
-from tidar_mega.decode import accept
+from tidar_mega.decode import trace
 from tidar_mega.decode.engine import Engine
+from tidar_mega.decode.requests import Commit
+from tidar_mega.decode.rules import accepted
 from tidar_mega.decode.sampling import SamplingParams
 from tidar_mega.evaluation.acceptance import distinct_share, held_out_prompts
 from tidar_mega.model.gpt import build
@@ -63,8 +65,8 @@ def test_acceptance_is_the_rule_in_words():
     draft = torch.arange(64)[:, None].bitwise_right_shift(torch.arange(6)) & 1
     for choice in (torch.zeros(64, 6, dtype=torch.long), torch.ones(64, 6, dtype=torch.long), draft.flip(1)):
         expected = [plain_rule(d, c) for d, c in zip(draft.tolist(), choice.tolist(), strict=True)]
-        assert accept.exact(draft, choice).tolist() == expected
-    assert accept.exact(torch.tensor([[5]]), torch.tensor([[6]])).tolist() == [1]
+        assert accepted(draft[:, 1:] == choice[:, :-1]).tolist() == expected
+    assert accepted(torch.zeros(1, 0, dtype=torch.bool)).tolist() == [1]
 
 
 @pytest.mark.parametrize("mode", ["fused", "ar"])
@@ -91,6 +93,13 @@ def test_end_of_document_stops_unless_told_otherwise(model):
     (endless,) = engine(loud).generate([[65]], SamplingParams(max_tokens=20, stop_tokens=()))
     assert endless.tokens == [Bytes.eod] * 20 and endless.finish_reason == "length"
     assert endless.tokens_per_forward > 3
+
+
+@pytest.mark.parametrize("mode", ["fused", "ar"])
+def test_an_end_of_document_that_is_also_the_padding_is_text(model, mode):
+    qwen = engine(build_with_loud_eod(model), specials=Bytes(pad=Bytes.eod, not_text=frozenset({Bytes.mask})))
+    (found,) = qwen.generate([[65, Bytes.eod, 66]], SamplingParams(max_tokens=20), mode)
+    assert found.tokens == [Bytes.eod] and found.finish_reason == "stop"
 
 
 def build_with_loud_eod(model, ids=(Bytes.eod,)):
@@ -227,7 +236,6 @@ def test_streams_side_by_side_lose_nothing(model):
 def test_what_is_printed_stops_at_a_stop_string_and_never_takes_back(capsys, cuts):
     """Pieces of text for tokens, of which one completes the stop string in its middle."""
     from tidar_mega.decode.generate import _Printer
-    from tidar_mega.decode.requests import Commit
 
     pieces = ["ab", "c<", "d<", "/", "s", ">", "x", "y", "<"]
 
@@ -257,6 +265,13 @@ def test_what_is_printed_stops_at_a_stop_string_and_never_takes_back(capsys, cut
     assert printer.text == "abc<d<" and capsys.readouterr().out == "abc<d<\n"
 
 
+def test_a_picture_shows_formulas_as_they_are_written():
+    """matplotlib would read what stands between two dollars as TeX, and refuse what is none."""
+    commits = [Commit(0, [0, 1], [], 0, None), Commit(0, [2], [1, 0], 1, "length")]
+    image = trace.picture(commits, lambda tokens: ["$$", r"$\x^$", "a"][tokens[0]])
+    assert image.min() < 255
+
+
 @pytest.mark.parametrize(
     "prompts, message",
     [
@@ -264,6 +279,8 @@ def test_what_is_printed_stops_at_a_stop_string_and_never_takes_back(capsys, cut
         ([[1] * 128], "at most 127"),
         ([[1, 259]], "prompt 0 holds id 259"),
         ([[-1]], "holds id -1"),
+        (["def f"], "prompt 0 is 'def f': must be token ids"),
+        ([[1.5]], "must be token ids"),
         ([[Bytes.mask]], "mask"),
         ([[Bytes.pad]], "padding"),
     ],
@@ -276,6 +293,16 @@ def test_impossible_prompts_are_refused_before_anything_runs(model, prompts, mes
         else:
             for prompt in prompts:
                 engine(model).stream(prompt, SAMPLED)
+
+
+def test_a_prompt_that_its_caller_goes_on_with_is_the_requests_own(model):
+    e, prompt = engine(model), [1, 2, 3, 4, 5]
+    (expected,) = e.generate([prompt], SAMPLED)
+    request = e.add(prompt, SAMPLED)
+    prompt += [6] * 200
+    while not request.finished:
+        e.step()
+    assert request.result.tokens == expected.tokens
 
 
 def test_impossible_engines_and_calls_are_refused(model):

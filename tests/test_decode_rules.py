@@ -29,6 +29,7 @@ class Four:
     eod: int = 3
     pad: int = 4
     mask: int = 5
+    not_text: frozenset[int] = frozenset({4, 5})
 
 
 def sharp_model() -> InferenceModel:

@@ -197,7 +197,7 @@ def backbone(rank: int, config: config_module.Config):
 
     build_mesh(config)
     (model,) = gpt.build(config, VOCAB, training=False)
-    tokenizer = SimpleNamespace(mask=MASK, pad=MASK - 1, vocab_size=VOCAB)
+    tokenizer = SimpleNamespace(mask=MASK, not_text=frozenset({MASK, MASK - 1}), vocab_size=VOCAB)
     denoiser = Backbone(model, config, tokenizer)
     draws = torch.Generator().manual_seed(0)
     order = torch.stack([torch.randperm(denoiser.places, generator=draws) for _ in range(3)])

@@ -156,10 +156,11 @@ def test_the_choices_of_a_question_are_scored_by_one_replica(work, monkeypatch):
         return [shares[i % 2][i // 2] for i in range(len(items))]
 
     requests = [(None, [i // 3 + 1, 2], [3, i]) for i in range(15)] + [(None, [1, 2], [77])]
+    requests += [(None, [9], [i, 5]) for i in range(3)]  # no context to be computed: for any replica
     alone = model._loglikelihood_tokens(requests)
     monkeypatch.setattr("tidar_mega.evaluation.harness.share_out", in_two)
     assert model._loglikelihood_tokens(requests) == [(pytest.approx(nats, abs=1e-4), best) for nats, best in alone]
-    assert dealt == [[0, 1, 2, 15], *([i, i + 1, i + 2] for i in (3, 6, 9, 12))]
+    assert dealt == [[0, 1, 2, 15], *([i, i + 1, i + 2] for i in (3, 6, 9, 12)), [16], [17], [18]]
 
 
 @pytest.mark.parametrize("layout", ["decode.tensor=2", "decode.pipeline=2"])

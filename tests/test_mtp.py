@@ -260,7 +260,7 @@ def test_drafts_are_what_the_training_forward_predicts(trained, untrained, promp
     model = (trained if weights == "trained" else untrained).double()
     e = engine(model, batch=3, prefill_chunk=chunk, page=4)
     committed = {number: list(prompt) for number, prompt in enumerate(prompts[:3])}
-    requests = [e.add(prompt, SamplingParams(max_tokens=20)) for prompt in committed.values()]
+    requests = [e.add(prompt, SamplingParams(max_tokens=40)) for prompt in committed.values()]
     by_request, compared = {r: n for n, r in enumerate(requests)}, 0
     while not e.is_idle:
         for request, commit in e.step():

@@ -206,7 +206,10 @@ def test_requests_get_seeds_of_their_own_that_stay_64_bits():
         {"top_p": 1.5},
         {"top_p": float("nan")},
         {"max_tokens": 0},
+        {"max_tokens": 64.0},
+        {"top_k": 2.5},
         {"seed": 2**63},
+        {"seed": 1.5},
     ],
 )
 def test_impossible_parameters_are_refused_by_name(bad):

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from tidar_mega.config import UserError
@@ -14,18 +15,18 @@ from tidar_mega.config import UserError
 STDOUT = Path("-")
 
 
-def positive(word: str) -> int:
-    """The `type` of an argument that counts something."""
-    if not word.isdecimal() or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"{word}: must be a whole number of 1 or more")
-    return int(word)
+def at_least(least: int) -> Callable[[str], int]:
+    """The `type` of an argument that counts something of which there must be so many."""
+
+    def count(word: str) -> int:
+        if not word.isdecimal() or int(word) < least:
+            raise argparse.ArgumentTypeError(f"{word}: must be a whole number of {least} or more")
+        return int(word)
+
+    return count
 
 
-def whole(word: str) -> int:
-    """The `type` of an argument that counts something of which there may be none."""
-    if not word.isdecimal():
-        raise argparse.ArgumentTypeError(f"{word}: must be a whole number of 0 or more")
-    return int(word)
+positive, whole = at_least(1), at_least(0)
 
 
 def above_zero(word: str) -> float:

@@ -14,9 +14,11 @@ import importlib
 import os
 import platform
 import resource
+import statistics
 import sys
 import time
 import types
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -147,6 +149,17 @@ def seconds(action) -> float:
     action()
     synchronise()
     return time.perf_counter() - started
+
+
+def medians_in_turn(actions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median `seconds` of each, which take turns, so that a busy machine slows all alike; a first round warms up."""
+    times: dict[str, list[float]] = {name: [] for name in actions}
+    for repeat in range(repeats + 1):
+        for name, action in actions.items():
+            taken = seconds(action)
+            if repeat:
+                times[name].append(taken)
+    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def prepare_megatron() -> None:

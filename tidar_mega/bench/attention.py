@@ -10,7 +10,7 @@ Shape suffixes: T = 2S rows, B sequences, H query heads, G key heads, F query he
 from __future__ import annotations
 
 import argparse
-import statistics
+import functools
 
 import torch
 from rich.console import Console
@@ -85,13 +85,8 @@ def _measure(args: argparse.Namespace, dtype: torch.dtype) -> dict:
     # the plan or mask, which all layers of a step share; on a GPU also the kernel, compiled once
     first_seconds = device.seconds(lambda: ways[fast](*qkv))
 
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for repeat in range(args.repeats + 1):
-        for name, way in ways.items():
-            taken = device.seconds(lambda way=way: _forward_backward(way, qkv, grad))
-            if repeat:  # the first round warms up
-                times[name].append(taken)
-    seconds = {name: statistics.median(t) for name, t in times.items()}
+    steps = {name: functools.partial(_forward_backward, way, qkv, grad) for name, way in ways.items()}
+    seconds = device.medians_in_turn(steps, args.repeats)
     return {
         "backend": fast,
         f"dense_over_{fast}": seconds["dense"] / seconds[fast],

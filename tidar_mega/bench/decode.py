@@ -52,7 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     """Figures of `compare` on held-out text of the checkpoint's data, with the model's loss on it. Raises UserError."""
-    loaded = load_engine(args.checkpoint, [*args.overrides, f"decode.batch={max(args.batches)}", "decode.outcomes=all"])
+    room = f"decode.capacity={args.prompt_tokens + args.max_tokens}"  # every way has an engine, with pages of its own
+    settings = [room, *args.overrides, f"decode.batch={max(args.batches)}", "decode.outcomes=all"]
+    loaded = load_engine(args.checkpoint, settings)
+    if args.oracle is not None:
+        _require_coupled(loaded.params, args.temperatures)
     stream = open_data(loaded.config.data, "validation", loaded.config.train.seed)
     prompts = held_out_prompts(stream, args.prompts, args.prompt_tokens)
     args.blocks = args.blocks or _blocks(loaded.engine)
@@ -69,6 +73,16 @@ def run(args: argparse.Namespace) -> dict:
         if args.plot:
             plot(figures, args.plot)
     return figures
+
+
+def _require_coupled(params: SamplingParams, temperatures: Sequence[float]) -> None:
+    """Other rules read what the drafts were drawn from, which an oracle does not exchange. Raises UserError."""
+    if {replace(params, temperature=temperature).rule for temperature in temperatures} != {"coupled"}:
+        asked = f"decode.beta = {params.beta}" if params.beta < 1 else f"decode.acceptance = {params.acceptance}"
+        raise UserError(
+            f"--oracle: {asked} weighs drafted tokens by what the model proposed, and not the oracle; set "
+            "decode.acceptance=coupled and decode.beta=1, or leave --oracle out"
+        )
 
 
 def _blocks(engine: Engine) -> list[int]:
@@ -92,10 +106,11 @@ def compare(loaded: Loaded, prompts: Sequence[Sequence[int]], args: argparse.Nam
     """All ways of decoding the same prompts.
 
     settings             one row for each batch, temperature and way: tokens/s, medians of repeats in turn; what
-                         `evaluation.acceptance.summarise` says; `ceiling`: tokens per forward x AR latency / latency
+                         `evaluation.acceptance.summarise` says; `rule`: what decided (`decode/rules.py`)
     tokens_per_forward, distinct_4gram, speedup_vs_ar   of the first row of the trained block: batch 1 and greedy by
                          default; with the suffix _sampled: at the last temperature
-    identical_to_ar      share of outputs equal to AR's, over all exact rows
+    identical_to_ar      share of outputs equal to AR's, over the rows whose rule is to give AR's own (greedy or
+                         coupled); None without any
     engine_overhead      share of a fused step outside the model, batch 1
     ar_over_transformers tokens/s of our AR over transformers' `generate`, batch 1, greedy
     """
@@ -112,7 +127,8 @@ def compare(loaded: Loaded, prompts: Sequence[Sequence[int]], args: argparse.Nam
     figures = {}
     for key in ("tokens_per_forward", "distinct_4gram", "speedup_vs_ar"):
         figures |= {key: main[key], f"{key}_sampled": sampled[-1][key]}
-    figures["identical_to_ar"] = statistics.mean(row["identical_to_ar"] for row in fused)
+    same = [row["identical_to_ar"] for row in fused if row["rule"] == "coupled"]
+    figures["identical_to_ar"] = statistics.mean(same) if same else None
     figures["engine_overhead"] = _overhead(main, loaded, prompts, args)
     plain = [row for row in rows if row["way"] == "transformers" and row["batch"] == rows[0]["batch"]]
     figures["ar_over_transformers"] = 1 / plain[0]["speedup_vs_ar"] if plain else None
@@ -139,9 +155,7 @@ def _setting(loaded: Loaded, prompts, args: argparse.Namespace, peer, batch: int
     rows = [ar]
     for way in ways[1:]:
         row = _row(way, outputs[_key(way)], outputs["ar"], seconds[_key(way)], batch, temperature)
-        row["speedup_vs_ar"] = row["tokens_per_second"] / ar["tokens_per_second"]
-        if way.engine is not None:
-            row["ceiling"] = row["tokens_per_forward"] * ar["forward_seconds"] / row["forward_seconds"]
+        row |= {"rule": base.rule, "speedup_vs_ar": row["tokens_per_second"] / ar["tokens_per_second"]}
         rows.append(row)
     return rows
 
@@ -333,7 +347,7 @@ class Transformers:
 
 def show(figures: dict) -> None:
     """The figures as a table."""
-    columns = ("batch", "T", "way", "B", "outcomes", "tok/fwd", "= AR", "4-grams", "tok/s", "speed-up", "ceiling")
+    columns = ("batch", "T", "way", "B", "outcomes", "tok/fwd", "= AR", "4-grams", "tok/s", "speed-up")
     table = Table(*columns, title="decoding, against plain AR in the same engine")
     for row in figures["settings"]:
         table.add_row(
@@ -361,7 +375,6 @@ _FORMATS = {
     "distinct_4gram": "{:.2f}",
     "tokens_per_second": "{:.0f}",
     "speedup_vs_ar": "{:.2f}x",
-    "ceiling": "{:.2f}x",
 }
 
 
@@ -371,12 +384,10 @@ def _format(row: dict, key: str, text: str) -> str:
 
 def plot(figures: dict, path: Path) -> None:
     """Tokens per second against draft length, one line for each batch size, temperature and choice of outcomes."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
     lines: dict[tuple, list[tuple[int, float]]] = {}
     for row in figures["settings"]:
         if row["way"] == "fused":
@@ -391,4 +402,3 @@ def plot(figures: dict, path: Path) -> None:
     axes.set_xticks(blocks, [str(b) for b in blocks])
     axes.legend(fontsize=8)
     save(figure, path)
-    plt.close(figure)

@@ -106,7 +106,7 @@ class Judge:
         config = load.decoding_config(config)
         self.model = InferenceModel(load.load_model(checkpoint, config, build_mesh(config)))
         self.length, self._data = of.config.data.seq_length, of.config.data
-        self.known = quality.vocabulary(self._stream("train", quality.WINDOW))
+        self.known = quality.vocabulary(self._stream("train", self._long_window()))
 
     def __call__(self, token_BS: torch.Tensor) -> dict[str, float]:
         return quality.measure(self.model, self.tokenizer, self.known, token_BS)
@@ -116,6 +116,12 @@ class Judge:
         parts = self._stream("validation", self.length).parts(count)
         at = [(part, i * (part.samples_per_epoch - 1) // n) for _, part, n in parts for i in range(n)]
         return torch.cat([part.rows(i).token for part, i in at])
+
+    def _long_window(self) -> int:
+        """Of the training text, to cut few words: as long as its folders allow, with little left over at their end."""
+        parts = self._stream("train", self.length).parts(1)
+        shortest = self.length * min(part.samples_per_epoch for _, part, _ in parts)
+        return shortest // -(-shortest // quality.WINDOW)
 
     def _stream(self, split: str, length: int) -> Samples:
         return open_data(self._data, split, seed=0, seq_length=length)
@@ -192,12 +198,10 @@ def _show(figures: dict) -> None:
 
 def plot(figures: dict, path: Path) -> None:
     """Judged likelihood and spelling against forwards."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, both = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    both = figure.subplots(1, 2)
     for axes, key, label in zip(
         both, ("judge_nll", "spelling_accuracy"), ("judge, nats per token", "spelling"), strict=True
     ):

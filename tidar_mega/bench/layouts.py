@@ -2,7 +2,8 @@
 
 Each layout is a world of processes of its own, started as `tidar pretrain` starts them; rounds over all layouts follow
 one another, so that a machine that slows down slows all alike. The share of communication is the time that the Python
-thread of a rank spends inside torch.distributed, waiting for others included, in one more step under cProfile.
+thread of a rank spends inside torch.distributed, waiting for others included, in one more step under cProfile. On GPUs
+there is no such figure: NCCL's calls return at once, and the time is spent elsewhere.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from rich.table import Table
 
 from tidar_mega import config as config_module
 from tidar_mega import device, launch, methods
-from tidar_mega.arguments import positive
+from tidar_mega.arguments import at_least, positive
 from tidar_mega.bench.text import RandomText
 from tidar_mega.config import Config, UserError
 from tidar_mega.model import gpt
@@ -52,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block", type=positive, default=8)
     parser.add_argument("--layers", type=positive, default=4)
     parser.add_argument("--hidden", type=positive, default=256, help="width; heads are 64 wide, 2 to a key head")
-    parser.add_argument("--vocab", type=positive, default=4096)
+    parser.add_argument("--vocab", type=at_least(2), default=4096, help="ids, of which one is the mask")
     parser.add_argument("--batch", type=positive, default=8, help="sequences of a step, in micro-batches of one")
     parser.add_argument("--dtype", choices=sorted(device.DTYPES), default="fp32")
     parser.add_argument("--steps", type=positive, default=5, help="measured steps of each layout in each round")
@@ -63,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Figures: for each layout tokens/s, its ratio to one process and the share of communication."""
+    """Figures: for each layout tokens/s, its ratio to one process and the share of communication (None on GPUs)."""
     if args.only is not None:
         return _work(args, tuple(json.loads(args.only)))
     gpus = torch.cuda.device_count()
@@ -136,30 +137,33 @@ def _work(args: argparse.Namespace, layout: tuple) -> dict:
     for _ in range(args.steps):
         dist.barrier()
         seconds.append(device.seconds(step))
-    share = torch.tensor(_communication_share(step), device=device.device())
-    dist.all_reduce(share)
-    report = {"seconds": seconds, "communication": float(share) / mesh.world_size}
+    report = {"seconds": seconds, "communication": None if device.has_cuda() else _communication_share(step)}
     if mesh.is_main:
         args.report.write_text(json.dumps(report))
     return report
 
 
 def _communication_share(step) -> float:
+    """Collective. The mean of all ranks."""
     profile = cProfile.Profile()
     dist.barrier()
     taken = device.seconds(lambda: profile.runcall(step))
     calls = pstats.Stats(profile).stats.items()
-    return sum(own for (_, _, name), (_, _, own, _, _) in calls if "_distributed_c10d" in name) / taken
+    spent = sum(own for (_, _, name), (_, _, own, _, _) in calls if "_distributed_c10d" in name)
+    share = torch.tensor(spent / taken)
+    dist.all_reduce(share)
+    return float(share) / dist.get_world_size()
 
 
 def _summary(rounds: list[dict], layout: tuple, args: argparse.Namespace) -> dict:
     seconds = [statistics.median(measured[layout]["seconds"]) for measured in rounds]
     alone = [statistics.median(measured[LAYOUTS[0]]["seconds"]) for measured in rounds]
+    shares = [measured[layout]["communication"] for measured in rounds]
     return {
         "processes": _processes(layout),
         "tokens_per_second": args.batch * args.seq_length / statistics.median(seconds),
         "speedup_over_one_process": statistics.median(a / s for a, s in zip(alone, seconds, strict=True)),
-        "communication": statistics.median(measured[layout]["communication"] for measured in rounds),
+        "communication": None if None in shares else statistics.median(shares),
     }
 
 
@@ -169,6 +173,7 @@ def _show(figures: dict) -> None:
         table.add_column(column, justify="right")
     for layout, f in figures.items():
         speed = f"{f['speedup_over_one_process']:.2f}x"
-        row = (f"{f['tokens_per_second']:,.0f}", speed, f"{f['communication']:.0%}")
+        communication = "-" if f["communication"] is None else f"{f['communication']:.0%}"
+        row = (f"{f['tokens_per_second']:,.0f}", speed, communication)
         table.add_row(layout, str(f["processes"]), *row)
     Console().print(table)

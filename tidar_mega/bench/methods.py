@@ -215,12 +215,10 @@ def _show(by_method: dict[str, dict]) -> None:
 
 def plot(rows: Sequence[dict], path: Path) -> None:
     """Tokens per forward of each run, greedy and sampled, against the loss of its AR half."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, both = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    both = figure.subplots(1, 2)
     for axes, key in zip(both, ("tokens_per_forward", "tokens_per_forward_sampled"), strict=True):
         for name in dict.fromkeys(row["method"] for row in rows if key in row):
             points = [(row["validation_loss_ar"], row[key]) for row in rows if row["method"] == name]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import statistics
 import subprocess
 import sys
 
@@ -18,7 +17,7 @@ from rich.table import Table
 
 from tidar_mega import config as config_module
 from tidar_mega import device, methods
-from tidar_mega.arguments import positive
+from tidar_mega.arguments import at_least, positive
 from tidar_mega.bench.plain import PlainModel
 from tidar_mega.bench.text import RandomText
 from tidar_mega.config import Config, UserError
@@ -37,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block", type=positive, default=8)
     parser.add_argument("--layers", type=positive, default=4)
     parser.add_argument("--hidden", type=positive, default=512, help="width; heads are 64 wide, 4 to a key head")
-    parser.add_argument("--vocab", type=positive, default=16384)
+    parser.add_argument("--vocab", type=at_least(2), default=16384, help="ids, of which one is the mask")
     parser.add_argument("--dtype", choices=sorted(device.DTYPES), default="bf16")
     parser.add_argument("--repeats", type=positive, default=5)
     parser.add_argument("--only", choices=(OURS, PLAIN), help=argparse.SUPPRESS)
@@ -57,13 +56,7 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def _compare(args: argparse.Namespace, steps: dict) -> dict:
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for repeat in range(args.repeats + 1):
-        for name, step in steps.items():
-            taken = device.seconds(step)
-            if repeat:  # the first is a warm-up
-                times[name].append(taken)
-    seconds = {name: statistics.median(t) for name, t in times.items()}
+    seconds = device.medians_in_turn(steps, args.repeats)
     memory = {name: _peak_memory(args, name) for name in steps}
     figures = {
         "speedup_over_plain": seconds[PLAIN] / seconds[OURS],

@@ -46,6 +46,12 @@ class Tokenizer:
         self._specials = specials
         self.eod, self.pad, self.mask = (core.token_to_id(specials[role]) for role in _ROLES)
 
+    @property
+    def not_text(self) -> frozenset[int]:
+        """The ids that a model must neither read as text nor write. The end of a document is both, also where it is the
+        padding token as well (the base models of Qwen)."""
+        return frozenset((self.pad, self.mask)) - {self.eod}
+
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
         """A new BPE of at most `vocab_size` ids: 256 bytes, merges learnt from `texts`, then the reserved tokens.

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tidar_mega.decode import accept
-from tidar_mega.decode.rules import Decision, Rule, chosen_logprobs, draft
+from tidar_mega.decode.rules import Decision, Rule, accepted, chosen_logprobs, draft
 from tidar_mega.decode.sampling import choose, log_probabilities, take_ids
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ def mixed(group: Group) -> Rule:
     logits_2NCV = yield torch.stack([group.choosing_rows, first_NC])
     logits_NCV = beta * logits_2NCV[0] + (1 - beta) * logits_2NCV[1]
     choice_NC = choose(logits_NCV, group.choosing_order, group.sampling)
-    accepted_N = accept.exact(group.draft_NC, choice_NC)
+    accepted_N = accepted(group.draft_NC[:, 1:] == choice_NC[:, :-1])
     logprob_NC = chosen_logprobs(logits_2NCV[0], choice_NC, group)
     drafted = yield from draft(group, accepted_N)
     return Decision(accepted_N, choice_NC, logprob_NC, drafted)

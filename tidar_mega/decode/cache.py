@@ -165,7 +165,8 @@ class PagedAttention:
         k_GTE, v_GTE = k_T1GE[:, 0].transpose(0, 1), v_T1GE[:, 0].transpose(0, 1)
         self._store(k_GSE, k_GTE)
         self._store(v_GSE, v_GTE)
-        q_GFTE = (q_T1HE * scale).view(T, G, H // G, E).permute(1, 2, 0, 3)
+        wide = torch.promote_types(q_T1HE.dtype, torch.float32)  # in bfloat16 a score of 20 may be off by 1 / 16
+        q_GFTE = (q_T1HE.to(wide) * scale).view(T, G, H // G, E).permute(1, 2, 0, 3)
         outs = []
         for part, runs in self.read:
             rows = slice(part.rows.start, part.rows.stop)
@@ -182,17 +183,17 @@ class PagedAttention:
 
 def _attend(q_GQE: Tensor, committed: list[tuple[Tensor, Tensor]], new: tuple[Tensor, Tensor, Tensor] | None) -> Tensor:
     """Softmax over all committed keys and the new ones: the pieces of the scores meet in one softmax."""
-    scores = [torch.bmm(q_GQE, k_GPE.transpose(1, 2)) for k_GPE, _ in committed]
+    wide = q_GQE.dtype
+    scores = [torch.bmm(q_GQE, k_GPE.to(wide).transpose(1, 2)) for k_GPE, _ in committed]
     values = [v_GPE for _, v_GPE in committed]
     if new is not None:
         k_GtE, v_GtE, bias_tt = new
-        score_GQt = torch.bmm(q_GQE, k_GtE.transpose(1, 2))
+        score_GQt = torch.bmm(q_GQE, k_GtE.to(wide).transpose(1, 2))
         score_GQt.unflatten(1, (-1, len(bias_tt))).add_(bias_tt)
         scores.append(score_GQt)
         values.append(v_GtE)
     score_GQK = torch.cat(scores, dim=2) if len(scores) > 1 else scores[0]
-    wide = torch.promote_types(score_GQK.dtype, torch.float32)
-    weight_GQK = score_GQK.softmax(dim=-1, dtype=wide).to(score_GQK.dtype)
+    weight_GQK = score_GQK.softmax(dim=-1).to(values[0].dtype)
     pieces = weight_GQK.split([v.shape[1] for v in values], dim=2)
     out_GQE = torch.bmm(pieces[0], values[0])
     for weight_GQP, v_GPE in zip(pieces[1:], values[1:], strict=True):

@@ -181,7 +181,7 @@ class Backbone:
         self.model, self.config = model.eval(), config
         self.places, self.mask_id = config.data.seq_length, tokenizer.mask
         self.device = next(model.parameters()).device
-        self._never = [tokenizer.mask, tokenizer.pad, *range(tokenizer.vocab_size, model.vocab_size)]
+        self._never = [*sorted(tokenizer.not_text), *range(tokenizer.vocab_size, model.vocab_size)]
         self.causal_share = _causal_share(model) if config.traits.has_causal_block else 0.0
 
     def draft(self, token_BS: Tensor) -> tuple[Tensor, tuple[Rows, Tensor]]:

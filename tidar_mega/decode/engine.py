@@ -12,6 +12,7 @@ of the calls and of the forwards' results alone. Replicas (data parallel) divide
 
 from __future__ import annotations
 
+import operator
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -37,20 +38,22 @@ MODES = ("fused", "ar", "blocks")
 
 
 class Specials(Protocol):
-    """What the engine asks of a tokenizer: ids 0 .. vocab_size - 1, of which `pad` and `mask` are no text, and, for
-    stop strings and texts, `decode`."""
+    """What the engine asks of a tokenizer: ids 0 .. vocab_size - 1, but for `not_text` all of which may be read and
+    written, and, for stop strings and texts, `decode`."""
 
     vocab_size: int
     eod: int
-    pad: int
     mask: int
+
+    @property
+    def not_text(self) -> frozenset[int]: ...
 
 
 class Engine:
     """Decodes with a trained model.
 
     model          on its device, in the dtype to decode in (only float32 keeps near-ties out of the kernels' hands)
-    specials       a tokenizer, or anything with its vocab_size, eod, pad and mask
+    specials       a tokenizer, or anything with its vocab_size, eod, mask and not_text
     block          draft length; with 1, fused decoding is plain AR
     capacity       most tokens of a prompt and its continuation together
     batch          most requests decoded at once; more wait
@@ -98,7 +101,7 @@ class Engine:
         pages = batch * -(-(capacity + block - 1) // page) if cache_tokens is None else -(-cache_tokens // page)
         heads, width = model.key_heads, model.config.kv_channels
         self.cache = PagedCache(model.layer_numbers, heads, width, pages, page, model.dtype, model.device)
-        forbidden = [specials.pad, specials.mask, *range(specials.vocab_size, model.vocab * model.tensor.size())]
+        forbidden = [*sorted(specials.not_text), *range(specials.vocab_size, model.vocab * model.tensor.size())]
         self.forwards = Forwards(model, self.cache, specials.mask, forbidden)
         speculates = drafter.depths > 0 and block > 1  # how many rows a depth runs is known on the host alone
         if cuda_graphs and model.device.type == "cuda" and not speculates:
@@ -179,6 +182,7 @@ class Engine:
     def step(self) -> list[tuple[Request, Commit]]:
         """One forward of everything that runs, after admitting what fits; what it gave, empty if nothing runs."""
         self._admit()
+        assert self.running or not self.waiting, "pages were lost: nothing runs, and what waits does not fit"
         turns = self._turns()
         results = self.forwards.run([work for _, work in turns]) if turns else []
         commits = []
@@ -276,7 +280,7 @@ class Engine:
         return [self._request(number, prompt, own, mode) for number, (prompt, own) in pairs]
 
     def _request(self, number: int, prompt: Sequence[int], params: SamplingParams, mode: str) -> Request:
-        self._check_prompt(number, prompt)
+        prompt = self._checked(number, prompt)
         decode = getattr(self.specials, "decode", None)
         if params.stop_strings and decode is None:
             raise UserError("stop_strings: the engine was given no tokenizer that can decode; use stop_tokens")
@@ -308,8 +312,15 @@ class Engine:
             )
         return request
 
-    def _check_prompt(self, number: int, prompt: Sequence[int]) -> None:
+    def _checked(self, number: int, prompt: Sequence[int]) -> tuple[int, ...]:
+        """A copy, as the caller may go on with his. Raises UserError."""
         s = self.specials
+        try:
+            prompt = tuple(map(operator.index, prompt))
+        except TypeError:
+            raise UserError(
+                f"prompt {number} is {str(prompt)[:40]!r}: must be token ids, whole numbers; encode the text first"
+            ) from None
         if len(prompt) == 0:
             raise UserError(f"prompt {number} is empty: there is nothing to continue; give at least one token")
         if len(prompt) >= self.capacity:
@@ -317,9 +328,11 @@ class Engine:
                 f"prompt {number} has {len(prompt)} tokens: at most {self.capacity - 1} leave room for a new one "
                 f"within the engine's capacity of {self.capacity}; shorten it or raise the capacity"
             )
-        bad = [i for i in prompt if not 0 <= i < s.vocab_size or i in (s.pad, s.mask)]
+        bad = [i for i in prompt if not 0 <= i < s.vocab_size or i in s.not_text]
         if bad:
+            reserved = ", ".join(map(str, sorted(s.not_text)))
             raise UserError(
                 f"prompt {number} holds id {bad[0]}: must be a text token, 0 .. {s.vocab_size - 1} without "
-                f"padding ({s.pad}) and mask ({s.mask})"
+                f"padding and mask ({reserved})"
             )
+        return prompt

@@ -120,8 +120,8 @@ class Batch:
         N, H, t, E = q_NHtE.shape
         G = k_NGtE.shape[1]
         wide = torch.promote_types(q_NHtE.dtype, torch.float32)
-        q_NGQE = q_NHtE.reshape(N, G, H // G * t, E)
-        score_NGFtt = (q_NGQE @ k_NGtE.transpose(2, 3)).to(wide).mul_(scale).view(N, G, H // G, t, t)
+        q_NGQE = q_NHtE.reshape(N, G, H // G * t, E).to(wide)  # in bfloat16 a score of 20 may be off by 1 / 16
+        score_NGFtt = (q_NGQE @ k_NGtE.to(wide).transpose(2, 3)).mul_(scale).view(N, G, H // G, t, t)
         if self.bias_tt is not None:
             score_NGFtt = score_NGFtt + self.bias_tt
         lse_NGFt = score_NGFtt.logsumexp(dim=-1)

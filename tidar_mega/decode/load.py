@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch.distributed as dist
 
 from tidar_mega import config as config_module
 from tidar_mega import device, methods
@@ -70,6 +73,8 @@ class Loaded:
         found = {
             prefix: latency.measure(bare.forwards, sizes, block, e.drafter, prefix, repeats) for prefix in prefixes
         }
+        del bare
+        gc.collect()  # its pages are real memory on a GPU, and its recordings hold it
         curves = self.mesh.same(Curves(found))
         path = None
         if self.mesh.is_main:
@@ -106,11 +111,12 @@ def load_engine(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     checkpoint, config = saved(path, overrides)
     _check_left_to_right(config, path)
     sampling_params(config)  # refuses what cannot be, before anything is loaded
-    config = decoding_config(config)
     if set(sizes(config).values()) == {1}:
         device.start_alone()
     else:
         device.start_process_group(config, int(os.environ.get("LOCAL_RANK", "0")))
+        checkpoint, config = saved(_same(checkpoint), overrides)
+    config = decoding_config(config)
     mesh = build_mesh(config)
     tokenizer = Tokenizer.load(checkpoint / "tokenizer")
     model, d = InferenceModel(load_model(checkpoint, config, mesh)), config.decode
@@ -135,6 +141,13 @@ def load_engine(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     if outcomes == "auto":
         engine.choose_outcomes(loaded.latency(engine.block))
     return loaded
+
+
+def _same(checkpoint: Path) -> Path:
+    """Collective. The main process's: while a run goes on, each would find another newest one."""
+    box = [checkpoint]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def load_model(checkpoint: Path, config: Config, mesh: Mesh) -> HybridGPT:

@@ -17,6 +17,10 @@ from tidar_mega.decode.latency import Curves, Latency, draft_lengths
 from tidar_mega.methods import IN_PLACE, Drafter
 
 TRIAL = 24  # whole drafts verified before a shorter one is thought of: they show the acceptance of every slot
+EACH = 8  # of each request that runs, in this trial (at least) and in each later one: 24 of 16 requests are two places
+AGAIN = 512  # plain steps of each request after which drafting is tried again
+HOPE = 0.95  # acceptance of a slot with which it is tried, if drafting would pay with it
+REMEMBERED = 64.0  # tests of a slot that a later trial has to outweigh
 WORTH = 1.03  # drafting must promise this much over plain AR, the surest of all choices
 PRIOR = (0.8, 4.0)  # acceptance of a slot before it was seen, and how many tests that counts for
 RECHOOSE = 64  # drafts verified, of each request, between two choices
@@ -88,6 +92,10 @@ class Automatic:
     may give: the most expected tokens per second, from the machine's latency curves and the running acceptance of each
     slot. B goes up to `block`, and down to 1, AR.
 
+    Plain steps verify nothing, so what was seen before the first of them would decide for good: a hard first prompt
+    would take drafting from all later ones. After AGAIN of them a few drafts are made as if most were kept, if it would
+    pay then, and what was seen before must give way to what these show.
+
     A function of what it was told alone, so that all ranks choose alike.
     """
 
@@ -95,38 +103,60 @@ class Automatic:
         self.most, self.curves = Drafting.of(block, "all", drafter), curves
         self.tested, self.passed = [0.0] * (block + 1), [0.0] * (block + 1)  # by slot, from 1
         self.seen = 0
-        self.chosen: dict[tuple[int, bool, int, int, bool], tuple[int, Drafting]] = {}
+        self.plain = 0  # tokens, of all requests, since the last draft was verified
+        self.tried = -math.inf  # what was seen when drafting was tried again
+        self.chosen: dict[tuple[int, bool, int, int, bool, bool], tuple[int, Drafting]] = {}
 
     def observe(self, draft: int, accepted: int) -> None:
         """Of a draft of `draft` tokens, `accepted` (1..draft) were kept: that many slots but one passed their test."""
         if draft < 2:
+            self.plain += 1
             return
-        self.seen += 1
+        self.seen, self.plain = self.seen + 1, 0
         for slot in range(1, min(accepted + 1, draft)):
             self.tested[slot] = MEMORY * self.tested[slot] + 1
             self.passed[slot] = MEMORY * self.passed[slot] + (slot < accepted)
 
     def drafting(self, requests: int, sampled: bool, length: int, limit: int) -> Drafting:
-        key = (requests, sampled, length.bit_length(), limit.bit_length(), self.seen < TRIAL)
+        if self.plain >= AGAIN * requests:
+            self._try_again()
+        is_first, is_again = self.seen < max(TRIAL, EACH * requests), self.seen < self.tried + EACH * requests
+        key = (requests, sampled, length.bit_length(), limit.bit_length(), is_first, is_again)
         when, drafting = self.chosen.get(key, (0, None))
         if drafting is None or self.seen >= when + RECHOOSE * requests:
             block = self.most.block
-            lengths = [block] if self.seen < TRIAL else [1, *draft_lengths(block)]
-            drafting = self._best(requests, sampled, self.curves.at(length), limit, lengths)
+            lengths = [block] if is_first else [1, *draft_lengths(block)]
+            acceptance = [max(a, HOPE) if is_again else a for a in self.acceptance]
+            drafting = self._best(requests, sampled, self.curves.at(length), limit, lengths, acceptance)
             self.chosen[key] = self.seen, drafting
         return drafting
 
-    def _best(self, requests: int, sampled: bool, latency: Latency, limit: int, sizes: list[int]) -> Drafting:
+    def _try_again(self) -> None:
+        self.plain, self.tried = 0, self.seen
+        self.chosen.clear()
+        for slot, tested in enumerate(self.tested):
+            kept = min(1.0, REMEMBERED / max(tested, 1.0))
+            self.tested[slot], self.passed[slot] = kept * tested, kept * self.passed[slot]
+
+    def _best(
+        self,
+        requests: int,
+        sampled: bool,
+        latency: Latency,
+        limit: int,
+        sizes: list[int],
+        acceptance: list[float],
+    ) -> Drafting:
         choices = []
         for size in sizes:
-            outcome = outcome_probabilities(self.acceptance[: size - 1])
+            outcome = outcome_probabilities(acceptance[: size - 1])
             likeliest = sorted(range(1, size + 1), key=lambda r, p=outcome: -p[r - 1])
             counts = range(size + 1) if size > 1 else [0]
             choices += [Drafting(size, tuple(sorted(likeliest[:count])), self.most.drafter) for count in counts]
 
         def promise(drafting: Drafting) -> float:
             worth = WORTH if drafting.block == 1 else 1.0
-            return worth * speed(drafting, self.acceptance, latency, requests, sampled, limit)
+            return worth * speed(drafting, acceptance, latency, requests, sampled, limit)
 
         return max(choices, key=promise)
 

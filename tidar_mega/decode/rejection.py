@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tidar_mega.decode.rules import Decision, Rule, chosen_logprobs, draft
+from tidar_mega.decode.rules import Decision, Rule, accepted, chosen_logprobs, draft
 from tidar_mega.decode.sampling import Sampling, draw, log_distribution, take_ids, uniform
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def _test(group: Group, p_NCV: Tensor, order_NC: Tensor) -> tuple[Tensor, Tensor
         take_ids(p_NSV, tested_NS, group.sampling.group) - take_ids(q_NSV, tested_NS, group.sampling.group)
     ).exp()
     stays_NS = uniform(order_NC[:, :-1], group.sampling, ACCEPT) < ratio_NS
-    accepted_N = 1 + stays_NS.long().cumprod(dim=1).sum(dim=1)
+    accepted_N = accepted(stays_NS)
     request_N = torch.arange(len(accepted_N), device=accepted_N.device)
     row_N = accepted_N - 1
     p_NV = p_NCV[request_N, row_N]

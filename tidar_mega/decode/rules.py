@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tidar_mega.decode import accept
 from tidar_mega.decode.sampling import Sampling, choose, log_probabilities, take_ids
 
 if TYPE_CHECKING:
@@ -70,13 +69,30 @@ class Decision:
 
 
 def coupled(group: Group) -> Rule:
-    """AR and draft choose with one function and one noise: the output is AR's own, token for token."""
+    """AR and draft choose with one function and one noise: the output is AR's own, token for token.
+
+    With L committed tokens, the draft d[0..C-1] for orders L.., whose d[0] is AR's own choice, and y_j, j = 1..C, what
+    AR chooses for order L + j given d[0..j-1]:
+
+        r = 1;  while r < C and d[r] == y_r: r += 1
+
+    d[0..r-1] are committed and y_r, AR's choice after them, becomes d[0] of the next draft. By induction every
+    committed token is AR's choice given the tokens before it, so the output equals AR decoding, greedy or sampled, as
+    long as a choice is a function of the logits and the place alone. (TiDAR, arXiv 2511.08923, section 3.2, with AR's
+    token always put first: the released code trusts the drafter there, which is not exact.)
+    """
     logits_NCV = yield group.choosing_rows
     choice_NC = choose(logits_NCV, group.choosing_order, group.sampling)
-    accepted_N = accept.exact(group.draft_NC, choice_NC)
+    accepted_N = accepted(group.draft_NC[:, 1:] == choice_NC[:, :-1])
     logprob_NC = chosen_logprobs(logits_NCV, choice_NC, group)
     drafted = yield from draft(group, accepted_N)
     return Decision(accepted_N, choice_NC, logprob_NC, drafted)
+
+
+def accepted(stays_NS: Tensor) -> Tensor:
+    """How many tokens of each draft are kept, int64 [N], 1..C: its first one, and those behind it up to the first that
+    does not stay."""
+    return 1 + stays_NS.long().cumprod(dim=1).sum(dim=1)
 
 
 def draft(group: Group, accepted_N: Tensor, draw: Draw | None = None) -> Generator[Tensor, Tensor, Drafted | None]:

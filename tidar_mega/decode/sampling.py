@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -57,6 +58,8 @@ class SamplingParams:
     threshold: float = 0.9
 
     def __post_init__(self) -> None:
+        for name in ("max_tokens", "top_k", "seed"):
+            object.__setattr__(self, name, _whole(name, getattr(self, name)))
         _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "1 or more")
         ok = self.temperature == 0 or (math.isfinite(self.temperature) and self.temperature >= LOWEST_TEMPERATURE)
         _require(ok, "temperature", self.temperature, f"0 (greedy) or a finite number of at least {LOWEST_TEMPERATURE}")
@@ -96,6 +99,14 @@ class SamplingParams:
     def for_request(self, number: int) -> SamplingParams:
         """The same with a seed of its own, so that the requests of a batch get independent noise."""
         return replace(self, seed=(self.seed + number + 2**63) % 2**64 - 2**63)
+
+
+def _whole(name: str, value: object) -> int:
+    """64.0, as JSON may have it, would count neither rows nor pages."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise UserError(f"{name} = {value!r}: must be a whole number, and is a {type(value).__name__}") from None
 
 
 def _require(ok: bool, name: str, value: object, allowed: str) -> None:

@@ -71,7 +71,8 @@ def picture(commits: Sequence[Commit], decode: Callable[[list[int]], str], most:
         for piece in [Piece("number", f"{number:3d} "), *pieces]:
             colour = _COLOURS.get(piece.kind, "#666666").split(";")[0]
             text = _visible(piece.text)
-            figure.text(0.01 + 0.0085 * column, y, text, color=colour, family="monospace", size=9, va="center")
+            place = 0.01 + 0.0085 * column, y
+            figure.text(*place, text, color=colour, family="monospace", size=9, va="center", parse_math=False)
             column += len(text) + 1
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()

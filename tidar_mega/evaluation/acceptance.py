@@ -42,12 +42,12 @@ def _longest_piece(stream: Stream, index: int) -> list[int]:
 
 
 def summarise(block: int, fused: Sequence[Generation], ar: Sequence[Generation]) -> dict:
-    """What fused decoding gave, beside AR decoding of the same prompts.
+    """What fused decoding (or another mode) gave, beside AR decoding of the same prompts.
 
     tokens_per_forward    output tokens per fused forward behind the prompt's, over all prompts
     identical_to_ar       share of prompts whose fused output equals AR's, token for token
     distinct_4gram        share of distinct 4-grams within an output, over all prompts: loops are accepted easily
-    acceptance_histogram  forwards that confirmed 1, 2, .. B draft tokens
+    acceptance_histogram  forwards that confirmed 1, 2, .. B draft tokens; in mode "blocks" nothing is confirmed
     tokens                output tokens of the fused run
     """
     histograms = [g.acceptance_histogram(block) for g in fused]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from tidar_mega.data.mixture import open_data
 from tidar_mega.decode import trace
 from tidar_mega.decode.load import Loaded, load_engine
 from tidar_mega.decode.requests import Commit, Generation
+from tidar_mega.evaluation import watch
 from tidar_mega.evaluation.acceptance import held_out_prompts, summarise
 from tidar_mega.evaluation.likelihood import held_out_loss
 from tidar_mega.evaluation.watch import FILE
@@ -38,8 +39,8 @@ def find_tasks(args: argparse.Namespace) -> Any:
 
 
 def run(args: argparse.Namespace, tasks: Any, draw: Draw) -> dict:
-    """The checkpoint's step, its `held_out_loss`, what `acceptance.summarise` says, and the figures of the tasks; also
-    as a line of FILE in the run folder and, by `draw`, as pictures. Raises UserError."""
+    """The checkpoint's step, `decode.mode`, its `held_out_loss`, what `acceptance.summarise` says, and the figures of
+    the tasks; also as a line of FILE in the run folder and, by `draw`, as pictures. Raises UserError."""
     loaded = load_engine(args.checkpoint, ["decode.outcomes=all", *args.overrides])
     of_tasks: dict[str, float] = {}
     if tasks is not None:
@@ -49,24 +50,27 @@ def run(args: argparse.Namespace, tasks: Any, draw: Draw) -> dict:
     stream = open_data(loaded.config.data, "validation", loaded.config.train.seed)
     prompts = held_out_prompts(stream, args.prompts, args.prompt_tokens)
     step = store.read_meta(loaded.checkpoint)["step"]
-    fused, ar, commits = _decode(loaded, prompts, args.max_tokens)
+    found, ar, commits = _decode(loaded, prompts, args.max_tokens)
     loss = held_out_loss(loaded.engine, stream, loaded.tokenizer.token_bytes, args.sequences)
-    figures = loaded.mesh.from_head(loss) | summarise(loaded.engine.block, fused, ar)
+    figures = loaded.mesh.from_head(loss) | summarise(loaded.engine.block, found, ar)
     numbers = {name: value for name, value in figures.items() if isinstance(value, float)}
-    figures |= of_tasks
+    figures = {"step": step, "mode": loaded.config.decode.mode, **figures, **of_tasks}
     if loaded.mesh.is_main:
-        _keep(loaded.run_folder / FILE, {"step": step, **figures})
         picture = trace.picture(commits, loaded.tokenizer.decode)
-        draw(loaded.run_folder, step, numbers | of_tasks, figures["acceptance_histogram"], picture)
+        with _kept(loaded.run_folder / FILE):
+            watch.append(loaded.run_folder, figures)
+        with _kept(loaded.run_folder / "tensorboard"):
+            draw(loaded.run_folder, step, numbers | of_tasks, figures["acceptance_histogram"], picture)
         said = " | ".join(f"{name} {value:.4f}" for name, value in numbers.items())
         print(f"evaluation of step {step} | {said}", flush=True)
-    return {"step": step, **figures}
+    return figures
 
 
-def _keep(path: Path, line: dict) -> None:
+@contextlib.contextmanager
+def _kept(path: Path) -> Iterator[None]:
+    """Says what could not be kept: the figures are worth their work without it, as `--json` and in what is printed."""
     try:
-        with path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        yield
     except OSError as error:
         print(f"{path}: not kept ({error.strerror})", file=sys.stderr)
 
@@ -74,9 +78,9 @@ def _keep(path: Path, line: dict) -> None:
 def _decode(
     loaded: Loaded, prompts: Sequence[Sequence[int]], most: int
 ) -> tuple[list[Generation], list[Generation], list[Commit]]:
-    """(fused, AR, what each forward of the first fused one gave)"""
-    base = replace(loaded.params, max_tokens=most)
+    """(as `decode.mode` says, AR, what each forward of the first of the former gave)"""
+    base, mode = replace(loaded.params, max_tokens=most), loaded.config.decode.mode
     params = [base.for_request(i) for i in range(len(prompts))]
-    fused = loaded.engine.generate(prompts, params)
+    found = loaded.engine.generate(prompts, params, mode)
     ar = loaded.engine.generate(prompts, [p.without_masks for p in params], "ar")
-    return fused, ar, list(loaded.engine.stream(prompts[0], params[0]))
+    return found, ar, list(loaded.engine.stream(prompts[0], params[0], mode))

@@ -63,9 +63,10 @@ class HarnessModel(TemplateLM):
         self, requests: Iterable[tuple[object, list[int], list[int]]], disable_tqdm: bool = False, **_
     ) -> list[tuple[float, bool]]:
         pairs = [self._pair(*request) for request in requests]
-        by_context: dict[tuple[int, ...], list[int]] = {}
+        by_context: dict[tuple, list[int]] = {}
         for number, (context, _continuation) in enumerate(pairs):
-            by_context.setdefault(context, []).append(number)
+            # behind a single token, as of windows of texts, there is nothing to share
+            by_context.setdefault(context if len(context) > 1 else (context, number), []).append(number)
         questions = list(by_context.values())  # of one replica each, as their continuations share the context's rows
         engine, mesh = self.loaded.engine, self.loaded.mesh
 

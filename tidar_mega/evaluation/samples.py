@@ -20,7 +20,7 @@ from tidar_mega.model.inference import InferenceModel
 from tidar_mega.rows import CLEAN, Rows
 
 _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")  # letters, with apostrophes inside
-WINDOW = 1 << 16  # tokens of the training text that `vocabulary` reads at once
+WINDOW = 1 << 16  # tokens of the training text that `vocabulary` is to read at once, if there are so many
 _JUDGED = 32  # samples of one forward of the judge
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -41,11 +43,14 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(
             f"{folder}: there is no such run folder; --watch needs one, it may still be without checkpoints"
         )
+    from tidar_mega.checkpoint.store import CheckpointStore  # imports torch, which the parser of arguments need not
+
+    checkpoints = CheckpointStore(folder / "checkpoints", keep_last=1)
     while True:
-        done, found = _steps_done(folder), sorted((folder / "checkpoints").glob("step_*"))
-        missing = [path for path in found if int(path.name.removeprefix("step_")) not in done]
+        done = _steps_done(folder)
+        missing = [path for path in checkpoints.published() if _step(path) not in done]
         if missing:
-            _evaluate(missing[0], args)
+            _evaluate(folder, missing[0], args)
         elif _is_finished(folder):
             print(f"{folder} is finished, and its last checkpoint is evaluated", flush=True)
             return
@@ -53,7 +58,21 @@ def run(args: argparse.Namespace) -> None:
             time.sleep(args.period)
 
 
-def _evaluate(path: Path, args: argparse.Namespace) -> None:
+def append(folder: Path, figures: dict) -> None:
+    """Adds the line of one evaluation, which has its `step`, to FILE. Raises OSError."""
+    with (folder / FILE).open("ab+") as file:
+        torn = b""
+        if file.seek(0, os.SEEK_END):  # a process that was killed may have left a part of its line
+            file.seek(-1, os.SEEK_END)
+            torn = b"" if file.read(1) == b"\n" else b"\n"
+        file.write(torn + json.dumps(figures).encode() + b"\n")
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def _evaluate(folder: Path, path: Path, args: argparse.Namespace) -> None:
     given = {name: getattr(args, name.replace("-", "_")) for name in _PASSED_ON}
     options = [f"--{name}={value}" for name, value in given.items() if value is not None]
     if args.confirm_run_unsafe_code:
@@ -62,13 +81,20 @@ def _evaluate(path: Path, args: argparse.Namespace) -> None:
     code = subprocess.run([sys.executable, "-P", "-u", "-m", "tidar_mega.cli", *words]).returncode
     if code and path.is_dir():  # else it was deleted under its hands (checkpoint.keep_last)
         raise UserError(f"the evaluation of {path} ended with code {code}, see above; the same command goes on there")
+    if not code and _step(path) not in _steps_done(folder):
+        raise UserError(
+            f"{folder / FILE}: the evaluation of {path} was not kept there, and by this file --watch knows what is "
+            "done; make it writable for this user"
+        )
 
 
 def _steps_done(folder: Path) -> set[int]:
-    path = folder / FILE
-    if not path.exists():
-        return set()
-    return {json.loads(line)["step"] for line in path.read_text().splitlines() if line.endswith("}")}  # the whole ones
+    """By the lines that are whole: a process that was killed may have left a part of one."""
+    path, done = folder / FILE, set()
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            done.add(json.loads(line)["step"])
+    return done
 
 
 def _is_finished(folder: Path) -> bool:
