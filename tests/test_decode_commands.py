@@ -157,7 +157,9 @@ def test_a_converted_model_is_the_same_in_transformers(work, tmp_path, shape):
         )
     folder = tmp_path / "hf"
     here(work, "convert", run, "--to", str(folder))
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert json.loads((folder / "config.json").read_text())["torch_dtype"] == "bfloat16"  # as it was trained
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     prompt = tokenizer(PROMPT, return_tensors="pt")
     with torch.inference_mode():
         output = model.generate(**prompt, max_new_tokens=24, do_sample=False, pad_token_id=0)

@@ -154,7 +154,8 @@ def load_model(checkpoint: Path, config: Config, mesh: Mesh) -> HybridGPT:
     """This rank's part of the saved weights, in the layout and precision that `config` says. Adapters come over their
     base, which `train.init_from` names."""
     meta = store.shared_meta(checkpoint, mesh)
-    (model,) = gpt.build(config, meta["vocab_size"], training=False, draw=False)
+    draw = config.lora.rank > 0  # a base may lack rows of the vocabulary, and the checkpoint has none
+    (model,) = gpt.build(config, meta["vocab_size"], training=False, draw=draw)
     if config.lora.rank:
         base = Base.find(config, mesh, checkpoint)
         base.check_adapters(checkpoint, meta)
@@ -164,8 +165,11 @@ def load_model(checkpoint: Path, config: Config, mesh: Mesh) -> HybridGPT:
 
 
 def export(path: Path, overrides: list[str] | tuple[str, ...], folder: Path) -> Path:
-    """Writes a checkpoint as a Hugging Face model in `decode.dtype`. Raises CheckpointError, ConfigError, UserError."""
-    checkpoint, config = saved(path, [*overrides, "decode.tensor=1", "decode.pipeline=1", "decode.data=1"])
+    """Writes a checkpoint as a Hugging Face model, in the type in which its weights were trained, or `decode.dtype` of
+    the overrides. Raises CheckpointError, ConfigError, UserError."""
+    checkpoint, config = saved(path)
+    alone = ("decode.tensor=1", "decode.pipeline=1", "decode.data=1")
+    config = config_module.override(config, [f"decode.dtype={config.precision.dtype}", *overrides, *alone])
     _check_left_to_right(config, path)
     config = decoding_config(config)
     if config.lora.rank:

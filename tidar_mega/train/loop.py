@@ -116,7 +116,9 @@ class Run:
         checkpoints = CheckpointStore(Path(config.run_dir) / "checkpoints", *kept)
         newest = checkpoints.open(mesh)
         origin = newest or find_origin(config, mesh)
-        models = gpt.build(config, tokenizer.vocab_size, draw=origin is None, progress=roll_call.progress)
+        # the base of adapters may lack rows of the vocabulary, which no checkpoint has
+        draw = origin is None or config.lora.rank > 0
+        models = gpt.build(config, tokenizer.vocab_size, draw=draw, progress=roll_call.progress)
         base = Base.find(config, mesh, newest) if config.lora.rank or newest is None else None
         roll_call.at(0, "reading the newest checkpoint")
         if base is not None:  # before the optimizer makes its float32 copies
