@@ -168,6 +168,26 @@ def test_a_converted_model_is_the_same_in_transformers(work, tmp_path, shape):
     ours = json.loads((work / "ours.json").read_text())
     assert tokenizer.decode(output[0], skip_special_tokens=True) == PROMPT + ours["text"]
     assert f"{folder}: exists already" in here(work, "convert", run, "--to", str(folder), code=2)
+    here(work, "generate", str(folder), "--prompt", PROMPT, "decode.max_tokens=24", "--json", "theirs.json")
+    assert json.loads((work / "theirs.json").read_text())["text"] == ours["text"]
+
+
+def test_a_hugging_face_model_is_evaluated_as_it_is(work, tmp_path):
+    folder = tmp_path / "hf"
+    here(work, "convert", "run", "--to", str(folder))
+    few = ("--prompts", "2", "--max-tokens", "8", "--sequences", "4", "data.seq_length=64")
+    before = sorted(folder.iterdir())
+    here(work, "evaluate", str(folder), *few, "data.path=corpus", "--json", "hf.json")
+    here(work, "evaluate", "run", *few, "decode.mode=ar", "--json", "run.json")
+    theirs, ours = (json.loads((work / f"{name}.json").read_text()) for name in ("hf", "run"))
+    assert theirs.pop("step") is None and ours.pop("step") > 0
+    for name in ("validation_nats_per_token", "validation_nats_per_byte", "tokens", "distinct_4gram"):
+        assert theirs[name] == pytest.approx(ours[name], rel=1e-5), name
+    assert sorted(folder.iterdir()) == before
+    assert "is a Hugging Face model already" in here(work, "convert", str(folder), "--to", str(tmp_path / "x"), code=2)
+    tidar(work, "prepare", "source", "--output", "other", "--vocab-size", "300")
+    out = here(work, "evaluate", str(folder), *few, "data.path=other", code=2)
+    assert "data.path = other: its tokenizer is not that of" in out
 
 
 def test_a_trace_shows_drafts_and_corrections(work):

@@ -21,12 +21,11 @@ from rich.table import Table
 from tidar_mega.arguments import positive
 from tidar_mega.bench.figure import save
 from tidar_mega.config import UserError
-from tidar_mega.data.mixture import open_data
 from tidar_mega.decode.engine import Engine
 from tidar_mega.decode.load import Loaded, load_engine, write_transformers
 from tidar_mega.decode.requests import Generation, Request
 from tidar_mega.decode.sampling import SamplingParams
-from tidar_mega.evaluation.acceptance import held_out_prompts, summarise, tokens_per_forward
+from tidar_mega.evaluation.acceptance import held_out_prompts, held_out_text, summarise, tokens_per_forward
 from tidar_mega.evaluation.likelihood import held_out_loss
 from tidar_mega.plan.parameters import total_parameters
 
@@ -57,7 +56,7 @@ def run(args: argparse.Namespace) -> dict:
     loaded = load_engine(args.checkpoint, settings)
     if args.oracle is not None:
         _require_coupled(loaded.params, args.temperatures)
-    stream = open_data(loaded.config.data, "validation", loaded.config.train.seed)
+    stream = held_out_text(loaded)
     prompts = held_out_prompts(stream, args.prompts, args.prompt_tokens)
     args.blocks = args.blocks or _blocks(loaded.engine)
     if "auto" in args.outcomes:  # measured once, as far as is needed
@@ -310,7 +309,9 @@ def _peer(loaded: Loaded, folder: Path) -> Transformers | None:
     except ImportError:
         print('transformers is left out: not installed; pip install "tidar_mega[eval]"')
         return None
-    written = write_transformers(loaded.checkpoint, loaded.config, folder / "model", loaded.mesh)
+    written = loaded.checkpoint
+    if loaded.step is not None:
+        written = write_transformers(loaded.checkpoint, loaded.config, folder / "model", loaded.mesh)
     return Transformers(written, loaded.engine.model.dtype, loaded.engine.model.device)
 
 

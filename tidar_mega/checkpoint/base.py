@@ -7,8 +7,10 @@ names its base by path and fingerprint, and is not loaded over another.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,13 +96,16 @@ class Base:
         return store.load(self.path, state.sharded_base(chunks))
 
     def _load_hugging_face(self, chunks: list[HybridGPT], config: Config, tokenizer: Path) -> dict:
-        model = hugging_face.Model(self.path)
-        _require_same(self.path, model.shape, config)
+        with _named():
+            model = hugging_face.Model(self.path)
+            shape = model.shape
+        _require_same(self.path, shape, config)
         if tokens(self.path) != tokens(tokenizer):
             raise CheckpointError(
                 f"train.init_from = {self.path}: its tokenizer is not that of data.path; {_PREPARE} {self.path}"
             )
-        return hugging_face.load(model, state.sharded_base(chunks))
+        with _named():
+            return hugging_face.load(model, state.sharded_base(chunks))
 
     def check_adapters(self, path: Path, meta: dict) -> None:
         """Raises CheckpointError if the adapters of the checkpoint at `path` were trained over another base."""
@@ -110,6 +115,14 @@ class Base:
                 f"train.init_from = {self.path}: not the base that the adapters of {path} were trained over "
                 f"(fingerprint {self.fingerprint}, not {base['fingerprint']}); that was {base['path']}"
             )
+
+
+@contextlib.contextmanager
+def _named() -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"train.init_from = {error}") from None
 
 
 def _path(config: Config, adapters: Path | None) -> Path:

@@ -1,7 +1,8 @@
 """The weights of a Hugging Face model as those of a checkpoint of ours: Qwen3, Qwen2 and Llama, as `convert.py` writes.
 
-A run may begin with them (`train.init_from`). Every rank reads its own part, in any layout: megatron's sharded state
-says of each tensor which weight of the whole model it is a part of, and where it lies in that.
+A run may begin with them (`train.init_from`), and they are decoded as they are. Every rank reads its own part, in any
+layout: megatron's sharded state says of each tensor which weight of the whole model it is a part of, and where it lies
+in that.
 
 Shape suffixes: G key heads, E head width, D hidden width.
 """
@@ -42,7 +43,7 @@ _OF_LAYER = {
 
 
 def _error(path: Path, said: str) -> CheckpointError:
-    return CheckpointError(f"train.init_from = {path}: {said}")
+    return CheckpointError(f"{path}: {said}")
 
 
 def is_model(folder: Path) -> bool:
@@ -90,6 +91,12 @@ class Model:
             }
         except KeyError as error:
             raise _error(self.folder / _CONFIG, f"{error} is missing; {_AGAIN}") from None
+
+    @property
+    def settings(self) -> dict:
+        """The model as a config of ours: plain autoregressive, as it drafts nothing."""
+        model = {{"head_width": "kv_channels"}.get(name, name): value for name, value in self.shape.items()}
+        return {"method": "ar", "model": model, "decode": {"mode": "ar"}}
 
     def _rope(self) -> dict:
         found = self.config.get("rope_parameters") or self.config  # of transformers 5, and before

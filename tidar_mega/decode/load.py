@@ -13,9 +13,9 @@ import torch.distributed as dist
 
 from tidar_mega import config as config_module
 from tidar_mega import device, methods
-from tidar_mega.checkpoint import convert, store
+from tidar_mega.checkpoint import convert, hugging_face, store
 from tidar_mega.checkpoint.base import Base
-from tidar_mega.checkpoint.state import fill, sharded_weights
+from tidar_mega.checkpoint.state import fill, sharded_base, sharded_weights
 from tidar_mega.config import Config, ConfigError, UserError
 from tidar_mega.data.tokenizer import Tokenizer
 from tidar_mega.decode import latency
@@ -86,16 +86,32 @@ class Loaded:
 
     @property
     def run_folder(self) -> Path:
+        """Of a Hugging Face model: its own."""
         parent = self.checkpoint.parent
+        if self.step is None:
+            return self.checkpoint
         return parent.parent if parent.name == "checkpoints" else parent
+
+    @property
+    def step(self) -> int | None:
+        """None of a Hugging Face model."""
+        return None if hugging_face.is_model(self.checkpoint) else store.read_meta(self.checkpoint)["step"]
 
 
 def saved(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> tuple[Path, Config]:
-    """The newest checkpoint of a run folder, or the given one, and its settings with `overrides`. Raises
-    CheckpointError or ConfigError."""
+    """The newest checkpoint of a run folder, the given one or a Hugging Face model, and its settings with `overrides`.
+    Raises CheckpointError or ConfigError."""
+    if hugging_face.is_model(Path(path)):
+        about = hugging_face.Model(Path(path)).settings
+        return Path(path), config_module.override(config_module.from_tree(about), overrides)
     checkpoint = store.resolve(Path(path))
     meta = store.read_meta(checkpoint)
     return checkpoint, config_module.override(store.saved_config(checkpoint, meta), overrides)
+
+
+def tokenizer_of(checkpoint: Path) -> Path:
+    """The folder of its tokenizer."""
+    return checkpoint if hugging_face.is_model(checkpoint) else checkpoint / "tokenizer"
 
 
 def sizes(config: Config) -> dict[str, int]:
@@ -118,7 +134,7 @@ def load_engine(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         checkpoint, config = saved(_same(checkpoint), overrides)
     config = decoding_config(config)
     mesh = build_mesh(config)
-    tokenizer = Tokenizer.load(checkpoint / "tokenizer")
+    tokenizer = Tokenizer.load(tokenizer_of(checkpoint))
     model, d = InferenceModel(load_model(checkpoint, config, mesh)), config.decode
     drafter = methods.load(config, tokenizer.mask).drafter
     # nothing to choose: layers draft behind the actual outcome, and these settings fix how far is drafted
@@ -153,6 +169,10 @@ def _same(checkpoint: Path) -> Path:
 def load_model(checkpoint: Path, config: Config, mesh: Mesh) -> HybridGPT:
     """This rank's part of the saved weights, in the layout and precision that `config` says. Adapters come over their
     base, which `train.init_from` names."""
+    if hugging_face.is_model(checkpoint):
+        (model,) = gpt.build(config, Tokenizer.load(checkpoint).vocab_size, training=False)
+        fill(model, hugging_face.load(hugging_face.Model(checkpoint), sharded_base([model]))["model0"])
+        return model
     meta = store.shared_meta(checkpoint, mesh)
     draw = config.lora.rank > 0  # a base may lack rows of the vocabulary, and the checkpoint has none
     (model,) = gpt.build(config, meta["vocab_size"], training=False, draw=draw)
@@ -168,6 +188,8 @@ def export(path: Path, overrides: list[str] | tuple[str, ...], folder: Path) -> 
     """Writes a checkpoint as a Hugging Face model, in the type in which its weights were trained, or `decode.dtype` of
     the overrides. Raises CheckpointError, ConfigError, UserError."""
     checkpoint, config = saved(path)
+    if hugging_face.is_model(checkpoint):
+        raise UserError(f"{checkpoint}: is a Hugging Face model already")
     alone = ("decode.tensor=1", "decode.pipeline=1", "decode.data=1")
     config = config_module.override(config, [f"decode.dtype={config.precision.dtype}", *overrides, *alone])
     _check_left_to_right(config, path)

@@ -6,11 +6,27 @@ from collections.abc import Sequence
 
 import torch
 
+from tidar_mega.checkpoint.base import tokens
 from tidar_mega.config import UserError
+from tidar_mega.data import DataError
+from tidar_mega.data.mixture import open_data
 from tidar_mega.data.stream import Samples, Stream
+from tidar_mega.decode.load import Loaded, tokenizer_of
 from tidar_mega.decode.requests import Generation, mean_tokens
 
 MOST_WINDOWS = 4096  # of a validation stream, which may be large, are looked at for prompts
+
+
+def held_out_text(loaded: Loaded) -> Samples:
+    """The validation text of `data.path`. Raises DataError if its ids are not those of the model."""
+    stream = open_data(loaded.config.data, "validation", loaded.config.train.seed)
+    of_model = tokenizer_of(loaded.checkpoint)
+    if tokens(stream.tokenizer_folder) != tokens(of_model):
+        raise DataError(
+            f"data.path = {loaded.config.data.path}: its tokenizer is not that of {loaded.checkpoint}; name a folder "
+            f"that was prepared with it: tidar prepare ... --tokenizer {of_model}"
+        )
+    return stream
 
 
 def held_out_prompts(stream: Samples, count: int, length: int) -> list[list[int]]:

@@ -12,14 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from tidar_mega.checkpoint import store
 from tidar_mega.config import UserError
-from tidar_mega.data.mixture import open_data
 from tidar_mega.decode import trace
 from tidar_mega.decode.load import Loaded, load_engine
 from tidar_mega.decode.requests import Commit, Generation
 from tidar_mega.evaluation import watch
-from tidar_mega.evaluation.acceptance import held_out_prompts, summarise
+from tidar_mega.evaluation.acceptance import held_out_prompts, held_out_text, summarise
 from tidar_mega.evaluation.likelihood import held_out_loss
 from tidar_mega.evaluation.watch import FILE
 
@@ -40,29 +38,31 @@ def find_tasks(args: argparse.Namespace) -> Any:
 
 def run(args: argparse.Namespace, tasks: Any, draw: Draw) -> dict:
     """The checkpoint's step, `decode.mode`, its `held_out_loss`, what `acceptance.summarise` says, and the figures of
-    the tasks; also as a line of FILE in the run folder and, by `draw`, as pictures. Raises UserError."""
+    the tasks; of a run also as a line of FILE in its folder and, by `draw`, as pictures. Raises UserError."""
     loaded = load_engine(args.checkpoint, ["decode.outcomes=all", *args.overrides])
     of_tasks: dict[str, float] = {}
     if tasks is not None:
         from tidar_mega.evaluation import harness
 
         of_tasks = harness.run(args, tasks, loaded)
-    stream = open_data(loaded.config.data, "validation", loaded.config.train.seed)
+    stream = held_out_text(loaded)
     prompts = held_out_prompts(stream, args.prompts, args.prompt_tokens)
-    step = store.read_meta(loaded.checkpoint)["step"]
+    step = loaded.step
     found, ar, commits = _decode(loaded, prompts, args.max_tokens)
     loss = held_out_loss(loaded.engine, stream, loaded.tokenizer.token_bytes, args.sequences)
     figures = loaded.mesh.from_head(loss) | summarise(loaded.engine.block, found, ar)
     numbers = {name: value for name, value in figures.items() if isinstance(value, float)}
     figures = {"step": step, "mode": loaded.config.decode.mode, **figures, **of_tasks}
-    if loaded.mesh.is_main:
+    if loaded.mesh.is_main and step is not None:
         picture = trace.picture(commits, loaded.tokenizer.decode)
         with _kept(loaded.run_folder / FILE):
             watch.append(loaded.run_folder, figures)
         with _kept(loaded.run_folder / "tensorboard"):
             draw(loaded.run_folder, step, numbers | of_tasks, figures["acceptance_histogram"], picture)
+    if loaded.mesh.is_main:
         said = " | ".join(f"{name} {value:.4f}" for name, value in numbers.items())
-        print(f"evaluation of step {step} | {said}", flush=True)
+        what = loaded.checkpoint if step is None else f"step {step}"
+        print(f"evaluation of {what} | {said}", flush=True)
     return figures
 
 
