@@ -353,7 +353,7 @@ def transformer_engine():
 def train_and_exchange(rank: int, folder: Path) -> dict:
     """Two steps with each kind of layers, a checkpoint, two more; and two more from the other kind's checkpoint."""
     from tests.test_checkpoint import Trainer
-    from tidar_mega.checkpoint.state import sharding
+    from tidar_mega.checkpoint.state import sharded_weights
     from tidar_mega.train import optim
 
     def trainer_of(kind: str) -> Trainer:
@@ -367,7 +367,7 @@ def train_and_exchange(rank: int, folder: Path) -> dict:
             trainer = trainer_of(kind)
             model = trainer.state.chunks[0].module
             before, path, after = trainer.steps(2), trainer.save(), trainer.steps(2)
-        keys = {part.key for part in model.sharded_state_dict(metadata=sharding()).values()}
+        keys = {part.key for part in sharded_weights(model)["model"].values()}
         names = [name for name, _ in model.named_parameters()]
         results[kind] = {"steps": before + after, "names": names, "keys": keys, "path": path}
     for kind, other in (("local", "te"), ("te", "local")):
