@@ -20,9 +20,10 @@ from rich.table import Table
 
 from tidar_mega.arguments import positive
 from tidar_mega.bench.figure import save
+from tidar_mega.bench.peer import open_peer
 from tidar_mega.config import UserError
 from tidar_mega.decode.engine import Engine
-from tidar_mega.decode.load import Loaded, load_engine, write_transformers
+from tidar_mega.decode.load import Loaded, load_engine
 from tidar_mega.decode.requests import Generation, Request
 from tidar_mega.decode.sampling import SamplingParams
 from tidar_mega.evaluation.acceptance import held_out_prompts, held_out_text, summarise, tokens_per_forward
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> dict:
     if "auto" in args.outcomes:  # measured once, as far as is needed
         loaded.latency(max(args.blocks))
     with tempfile.TemporaryDirectory() as folder:
-        peer = None if args.no_peers else _peer(loaded, Path(folder))
+        peer = None if args.no_peers else open_peer(loaded, Path(folder))
         figures = compare(loaded, prompts, args, peer)
     figures |= loaded.mesh.from_head(held_out_loss(loaded.engine, stream, loaded.tokenizer.token_bytes))
     parameters = total_parameters(loaded.config, loaded.tokenizer.vocab_size)
@@ -297,53 +298,6 @@ class _Timed:
     def _wait(self) -> None:
         if self.model.device.type == "cuda":
             torch.cuda.synchronize()
-
-
-def _peer(loaded: Loaded, folder: Path) -> Transformers | None:
-    """transformers with the same weights, or None with a line that says why not."""
-    if loaded.mesh.world_size > 1:
-        print("transformers is left out: it would decode in one process, this runs in several")
-        return None
-    try:
-        import transformers  # noqa: F401
-    except ImportError:
-        print('transformers is left out: not installed; pip install "tidar_mega[eval]"')
-        return None
-    written = loaded.checkpoint
-    if loaded.step is not None:
-        written = write_transformers(loaded.checkpoint, loaded.config, folder / "model", loaded.mesh)
-    return Transformers(written, loaded.engine.model.dtype, loaded.engine.model.device)
-
-
-class Transformers:
-    """Hugging Face's own generation, greedy, with its cache."""
-
-    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
-        from transformers import AutoModelForCausalLM
-        from transformers.utils import logging
-
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-
-    def generate(self, prompts, params: list[SamplingParams], batch: int, **options) -> list[Generation]:
-        found = []
-        eod = self.model.generation_config.eos_token_id
-        for first in range(0, len(prompts), batch):
-            token_NT = torch.tensor(prompts[first : first + batch], device=self.model.device)
-            with torch.inference_mode():
-                output_NT = self.model.generate(
-                    token_NT,
-                    attention_mask=torch.ones_like(token_NT),
-                    max_new_tokens=params[first].max_tokens,
-                    do_sample=False,
-                    pad_token_id=eod,
-                    **options,
-                )
-            for row in output_NT[:, token_NT.shape[1] :].tolist():
-                end = row.index(eod) + 1 if eod in row else len(row)
-                found.append(Generation(tokens=row[:end]))
-        return found
 
 
 def show(figures: dict) -> None:

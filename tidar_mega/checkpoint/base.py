@@ -141,17 +141,12 @@ def _check(path: Path, meta: dict, config: Config, vocab_size: int, tokenizer: P
         )
 
 
-def setting(name: str) -> str:
-    """The setting of a name in SHAPE."""
-    return {"head_width": "kv_channels"}.get(name, name)
-
-
 def _require_same(path: Path, shape: dict[str, object], config: Config) -> None:
     """Raises CheckpointError that names all settings of the model which differ from the `shape` of the weights."""
     wrong = {name: was for name, was in shape.items() if was != getattr(config.model, name)}
     if wrong:
-        now = ", ".join(f"model.{setting(name)} = {getattr(config.model, name)}" for name in wrong)
-        way_out = " ".join(f"model.{setting(name)}={was}" for name, was in wrong.items())
+        now = ", ".join(f"model.{hugging_face.setting(name)} = {getattr(config.model, name)}" for name in wrong)
+        way_out = " ".join(f"model.{hugging_face.setting(name)}={was}" for name, was in wrong.items())
         raise CheckpointError(
             f"{now}: train.init_from = {path} was made with {', '.join(map(str, wrong.values()))}; "
             f"set {way_out}, or begin from another checkpoint"

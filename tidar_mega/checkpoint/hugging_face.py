@@ -46,6 +46,11 @@ def _error(path: Path, said: str) -> CheckpointError:
     return CheckpointError(f"{path}: {said}")
 
 
+def setting(name: str) -> str:
+    """The setting in `model` of a name of a shape."""
+    return {"head_width": "kv_channels"}.get(name, name)
+
+
 def is_model(folder: Path) -> bool:
     return (folder / _CONFIG).is_file()
 
@@ -95,7 +100,7 @@ class Model:
     @property
     def settings(self) -> dict:
         """The model as a config of ours: plain autoregressive, as it drafts nothing."""
-        model = {{"head_width": "kv_channels"}.get(name, name): value for name, value in self.shape.items()}
+        model = {setting(name): value for name, value in self.shape.items()}
         return {"method": "ar", "model": model, "decode": {"mode": "ar"}}
 
     def _rope(self) -> dict:

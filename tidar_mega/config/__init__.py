@@ -4,7 +4,8 @@
 names the key, the value found, what is allowed and what to do. Imports nothing of ours and no torch.
 """
 
-from tidar_mega.config.checks import check, check_batch, replicas
+from tidar_mega.config.batch import check_batch, replicas
+from tidar_mega.config.checks import check
 from tidar_mega.config.errors import ConfigError, LostError, UserError, require
 from tidar_mega.config.settings import (
     METHODS,

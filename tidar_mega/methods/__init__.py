@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -52,16 +53,16 @@ class Drafter:
 IN_PLACE = Drafter()  # TiDAR's: masks of a group see one another and predict their own places
 
 
-class Method:
+class Method(ABC):
     """What a file of this folder provides under the name METHOD: a subclass, built from config and mask id."""
 
     terms: tuple[Term, ...]
     drafts = DraftTerms()  # losses of whole drafts, on top of the terms
     drafter: Drafter | None = None  # of a method that does not continue prompts (decode/diffusion.py samples it)
 
+    @abstractmethod
     def training_rows(self, clean: Rows, sample: Tensor) -> Rows:
         """The rows of one forward. `clean` [B, S] is the packed text, `sample` int64 [B] its global sample indices."""
-        raise NotImplementedError
 
     def statistics(self, rows: Rows, losses: RowLosses) -> dict[str, Tensor]:
         """Sums (not means) that may be added over micro-batches and ranks, for `summary`."""

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from tidar_mega.config import Config
 from tidar_mega.losses import DraftTerms, RowLosses
-from tidar_mega.methods import IN_PLACE, Term, generator
+from tidar_mega.methods import IN_PLACE, Method, Term, generator
 from tidar_mega.rows import PADDING, Rows, concatenate
 
 
-class Tidar:
+class Tidar(Method):
     drafter = IN_PLACE
 
     def __init__(self, config: Config, mask_id: int) -> None:

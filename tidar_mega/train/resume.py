@@ -14,7 +14,8 @@ from typing import TextIO
 
 from tidar_mega.checkpoint import state as checkpoint_state
 from tidar_mega.checkpoint import store
-from tidar_mega.checkpoint.base import SHAPE, Base, setting, tokens
+from tidar_mega.checkpoint.base import SHAPE, Base, tokens
+from tidar_mega.checkpoint.hugging_face import setting
 from tidar_mega.checkpoint.state import TrainState
 from tidar_mega.checkpoint.store import CheckpointError
 from tidar_mega.config import Config, LostError, UserError
